@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from eplb_analyze.json_report import as_json, remembers_run
 from eplb_analyze.metrics.formulas import Float64
@@ -98,7 +99,7 @@ class RankSums(Sums):
         self.slowest += terms.by_slowest().sum(axis=0)
         self.excess += terms.by_slowest(terms.excess).sum(axis=0)
 
-    def _add_load(self, first: int, load: Int64) -> None:
+    def _add_load(self, first: int, load: npt.NDArray[Any]) -> None:
         self.load[first : first + load.shape[1]] += load.sum(axis=0)
 
 

@@ -297,7 +297,7 @@ class FollowedSession:
                 yield _without_loads(rows, placements)
                 return
             parts = [load[:, skip:] for _, load in segment.rank_loads(0, entry.shape.num_moe_layers)]
-            load = np.concatenate(parts).transpose(1, 0, 2)
+            load = np.concatenate(parts, dtype=np.int64).transpose(1, 0, 2)
             yield Batch(rows, placements, entry.shape, recorded[skip:], load)
         except DamagedSegmentError as fault:
             listed = self._headers().get(entry.seq) if fault.missing else None

@@ -18,6 +18,12 @@ import numpy.typing as npt
 Float64 = npt.NDArray[np.float64]
 
 
+def sum_type(counts: npt.NDArray[Any], number: int) -> type[np.signedinteger[Any]]:
+    """The integer type in which as many as ``number`` of these counts add up; the narrow one is faster."""
+    narrow = counts.dtype.itemsize <= 4 and int(counts.max(initial=0)) * number < 2**31
+    return np.int32 if narrow else np.int64
+
+
 class SlowestRanks(NamedTuple):
     """One entry for each rank with the most tokens of a step and layer; ties share it equally."""
 
@@ -70,16 +76,19 @@ class Terms:
     def add(self, first: int, counts: npt.NDArray[Any]) -> None:
         """Add layers ``first`` and following: ``[steps, these layers, ep_ranks]``."""
         here = slice(first, first + counts.shape[1])
-        # Integers add up to the same in any order, and einsum is three times as fast over so few ranks.
-        exact = counts.dtype.kind == "i"
-        total = np.einsum("slr->sl", counts, dtype=np.int64) if exact else counts.sum(axis=2)
         highest = counts.max(axis=2)
+        # Integers add up to the same in any order, and einsum is three times as fast over so few ranks.
+        if counts.dtype.kind == "i":
+            kind = sum_type(highest, max(counts.shape[1:]))
+            total, rank_total = np.einsum("slr->sl", counts, dtype=kind), counts.sum(axis=1, dtype=kind)
+        else:
+            total, rank_total = counts.sum(axis=2), counts.sum(axis=1)
         self.mean[:, here] = total / float(self._serving * self._per_token)
         self.maximum[:, here] = highest / float(self._per_token)
-        self.uneven[:, here] = highest * self._serving > total
+        self.uneven[:, here] = highest.astype(total.dtype, copy=False) * self._serving > total
         at_maximum = np.packbits(counts == highest[:, :, np.newaxis], axis=2)
         self._at_maximum[:, here] = at_maximum * self.uneven[:, here, np.newaxis]
-        self._rank_total += counts.sum(axis=1)
+        self._rank_total += rank_total
         np.maximum(self._rank_highest, counts.max(axis=1), out=self._rank_highest)
 
     @classmethod
@@ -118,10 +127,12 @@ class Terms:
     @cached_property
     def slowest(self) -> SlowestRanks:
         """The ranks with the most tokens of each step and layer; none if all ranks got the same."""
-        (steps, layers), ranks = self.mean.shape, self._rank_total.shape[1]
-        # numpy finds the true among bools five times as fast as nonzero bytes.
-        at_maximum = np.unpackbits(self._at_maximum, axis=2, count=ranks).view(np.bool_)
-        cell, rank = np.divmod(np.flatnonzero(at_maximum), max(1, ranks))
+        steps, layers = self.mean.shape
+        # numpy finds the true among bools five times as fast as nonzero bytes. Few bytes have a bit.
+        some = np.flatnonzero(self._at_maximum != 0)
+        bit = np.flatnonzero(np.unpackbits(self._at_maximum.reshape(-1)[some]).view(np.bool_))
+        cell, byte = np.divmod(some[bit // 8], max(1, self._at_maximum.shape[2]))
+        rank = 8 * byte + bit % 8
         tied = np.bincount(cell, minlength=steps * layers)
         return SlowestRanks(*np.divmod(cell, max(1, layers)), rank, 1 / tied[cell])
 

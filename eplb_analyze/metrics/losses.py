@@ -7,12 +7,12 @@ that rank; ranks that tie share them. The sums are of loads of one shape and sta
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from eplb_analyze.metrics.formulas import Float64, Terms
+from eplb_analyze.metrics.formulas import Float64, Terms, sum_type
 from eplb_dump.format.journal import Int64, Shape
 
 #: A run is divided into about this many bins of equally many steps.
@@ -123,15 +123,16 @@ class Losses:
         flat = np.bincount(cell, excess, self._excess.size)
         self._excess += flat.reshape(self._excess.shape)
 
-    def add_lasting(self, windows: Windows, first: int, load: Int64) -> None:
+    def add_lasting(self, windows: Windows, first: int, load: npt.NDArray[Any]) -> None:
         """Add loads of some layers, of all steps of these sums.
 
         Args:
             windows: the result of :func:`windows` for these steps.
             first: index of the first layer.
-            load: int64 ``[steps, layers, ep_ranks]``.
+            load: integers ``[steps, layers, ep_ranks]``.
         """
-        summed = np.add.reduceat(load, windows.starts, axis=0)
+        kind = sum_type(load, max(windows.counts))
+        summed = np.add.reduceat(load, windows.starts, axis=0, dtype=kind).astype(np.int64)
         self._lasting += self._excess_of(summed[1:-1])
         self._longest = max(windows.counts[1:-1], default=0)
         if not self._open:

@@ -226,14 +226,17 @@ class Block:
     def rank_load_parts(
         self, steps: Int64 | None = None, first: int = 0, last: int | None = None
     ) -> Iterator[tuple[int, Int64]]:
-        """:meth:`rank_load` a few layers at a time, which takes little memory and no copy.
+        """:meth:`rank_load` a few layers at a time: ``(layer, int64 [len(steps), layers, ep_size])``."""
+        for layer, load in self.stored_rank_load_parts(steps, first, last):
+            yield layer, load.astype(np.int64, copy=False)
 
-        Yields ``(layer, int64 [len(steps), layers, ep_size])``.
-        """
+    def stored_rank_load_parts(
+        self, steps: Int64 | None = None, first: int = 0, last: int | None = None
+    ) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+        """:meth:`rank_load_parts` without a copy: int32 if the counts fit, else int64."""
         width = self._shape().ep_size
         for low, high, pieces in self._pieces(lambda s, *layers: s.rank_loads(*layers), steps, first, last):
-            total = self._sum(pieces, steps, high - low, width)
-            yield low, total.astype(np.int64, copy=False).transpose(1, 0, 2)
+            yield low, self._sum(pieces, steps, high - low, width).transpose(1, 0, 2)
 
     def load_parts(
         self, steps: Int64 | None = None, first: int = 0, last: int | None = None
@@ -259,17 +262,17 @@ class Block:
         first: int = 0,
         last: int | None = None,
         *,
-        each: Callable[[int, Int64], object] | None = None,
+        each: Callable[[int, npt.NDArray[Any]], object] | None = None,
     ) -> Terms:
         """The terms of the formulas over the complete steps, for all layers or a range of indices.
 
         Args:
-            each: called with the parts that they are of, as :meth:`rank_load_parts` yields them.
+            each: called with the parts that they are of, as :meth:`stored_rank_load_parts` yields them.
         """
         shape = self._shape()
         last = shape.num_moe_layers if last is None else last
         terms = Terms(len(self.recorded), last - first, shape.ep_size, token_replication, serving(shape))
-        for layer, load in self.rank_load_parts(first=first, last=last):
+        for layer, load in self.stored_rank_load_parts(first=first, last=last):
             terms.add(layer - first, load)
             if each is not None:
                 each(layer, load)
@@ -396,10 +399,10 @@ class ServingBlock(Block):
     def matches(self, steps: Int64) -> Iterator[tuple[Segment, Int64, Int64]]:
         return self._block.matches(steps)
 
-    def rank_load_parts(
+    def stored_rank_load_parts(
         self, steps: Int64 | None = None, first: int = 0, last: int | None = None
-    ) -> Iterator[tuple[int, Int64]]:
-        for layer, load in self._block.rank_load_parts(steps, first, last):
+    ) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+        for layer, load in self._block.stored_rank_load_parts(steps, first, last):
             yield layer, load[:, :, self._ranks]
 
     def stored_parts(
@@ -446,7 +449,7 @@ class KeptBlock(Block):
     def __init__(self, block: Block) -> None:
         self.__dict__.update(block.__dict__)
         self._block, self.keeps_loads = block, True
-        #: By layer ``[n, physical]``; and by ranks as :meth:`rank_load_parts` yields them.
+        #: By layer ``[n, physical]``; and by ranks as :meth:`stored_rank_load_parts` yields them.
         self._kept: dict[int, npt.NDArray[Any]] = {}
         self._kept_by_rank: list[tuple[int, npt.NDArray[Any]]] | None = None
         self._terms: dict[int, Terms] = {}
@@ -477,17 +480,16 @@ class KeptBlock(Block):
                 self._kept |= dict(enumerate(loads, low))
                 yield low, loads
 
-    def rank_load_parts(
+    def stored_rank_load_parts(
         self, steps: Int64 | None = None, first: int = 0, last: int | None = None
-    ) -> Iterator[tuple[int, Int64]]:
+    ) -> Iterator[tuple[int, npt.NDArray[Any]]]:
         if steps is not None or first or last not in (None, self._shape().num_moe_layers):
-            yield from self._block.rank_load_parts(steps, first, last)
+            yield from self._block.stored_rank_load_parts(steps, first, last)
             return
         if self._kept_by_rank is None:
-            parts = self._block.rank_load_parts()
+            parts = self._block.stored_rank_load_parts()
             self._kept_by_rank = [(layer, _narrow(load)) for layer, load in parts]
-        for layer, load in self._kept_by_rank:
-            yield layer, load.astype(np.int64)
+        yield from self._kept_by_rank
 
     def terms(
         self,
@@ -495,14 +497,14 @@ class KeptBlock(Block):
         first: int = 0,
         last: int | None = None,
         *,
-        each: Callable[[int, Int64], object] | None = None,
+        each: Callable[[int, npt.NDArray[Any]], object] | None = None,
     ) -> Terms:
         if first or last not in (None, self._shape().num_moe_layers):
             return super().terms(token_replication, first, last, each=each)
         if token_replication not in self._terms:
             self._terms[token_replication] = super().terms(token_replication, each=each)
         elif each is not None:
-            for layer, load in self.rank_load_parts():
+            for layer, load in self.stored_rank_load_parts():
                 each(layer, load)
         return self._terms[token_replication]
 

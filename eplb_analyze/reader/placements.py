@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_analyze.errors import Finding
+from eplb_analyze.metrics.formulas import sum_type
 from eplb_analyze.parallel import ordered_map
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.lost import LostRank, ranks_lost_at
@@ -475,11 +476,10 @@ def _add_between(out: Int64, values: Int64, there: Int64, cuts: npt.NDArray[np.i
     """Add to each row of ``out`` the rows of ``values[there]`` between two cuts."""
     start, stop = int(there[0]), int(there[-1]) + 1
     rows = values[start:stop] if stop - start == len(there) else values[there]
-    # Twice as fast if no sum can overflow, which is nearly always the case.
-    narrow = int(rows.max()) * len(rows) < 2**31
+    kind = sum_type(rows, len(rows))
     for i, (low, high) in enumerate(itertools.pairwise(cuts)):
         if high > low:
-            out[i] += rows[low:high].sum(axis=0, dtype=np.int32 if narrow else np.int64)
+            out[i] += rows[low:high].sum(axis=0, dtype=kind)
 
 
 def _cut(sums: ExpertSums, steps: Int64, history: PlacementHistory) -> list[PlacedSums] | None:

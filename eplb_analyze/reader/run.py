@@ -661,7 +661,7 @@ class Run:
         first: int = 0,
         last: int | None = None,
         *,
-        each: Callable[[int, npt.NDArray[np.int64]], object] | None = None,
+        each: Callable[[int, npt.NDArray[Any]], object] | None = None,
     ) -> formulas.Terms:
         """See :meth:`Block.terms`; token replication is divided out."""
         return block.terms(self.info.token_replication, first, last, each=each)

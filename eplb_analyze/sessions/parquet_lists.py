@@ -43,7 +43,7 @@ def read_lists(
         column: its :class:`pyarrow.parquet.ColumnChunkMetaData`, of the verified footer.
         rows: the half-open range of lists to return; pages without any of them are skipped. Default all.
 
-    Returns: int32 or int64, as the column's type.
+    Returns: int32, or int64 if a value needs it.
 
     Raises FormatError if it is not what the writer makes, or a value is negative.
     """
@@ -57,7 +57,7 @@ def read_lists(
     if len(chunk) != end - start:
         raise FormatError("it ends before its last page")
     low, high = (0, column.num_values) if rows is None else (rows[0] * width, rows[1] * width)
-    values: npt.NDArray[Any] = np.empty(high - low, dtype)
+    values: npt.NDArray[Any] = np.empty(high - low, np.int32)
     at = 0  # the first value of the page
     for page in pages(lambda count, place: bytes(chunk[place - start : place - start + count]), column):
         count = page.values(BYTE_STREAM_SPLIT)
@@ -65,7 +65,9 @@ def read_lists(
             raise FormatError("the lengths of its lists do not match the manifest")
         if at < high and at + count > low:
             stored = chunk[page.at - start : page.at - start + page.stored]
-            planes = _planes(page, stored, dtype.itemsize, count, width, at % width)
+            planes = _used(_planes(page, stored, dtype.itemsize, count, width, at % width))
+            if len(planes) > values.itemsize:
+                values = values.astype(np.int64)
             first, last = max(low, at), min(high, at + count)
             _join(planes[:, first - at : last - at], values[first - low : last - low])
         at += count
@@ -101,13 +103,21 @@ def _level_bytes(content: Bytes) -> tuple[bytes, Bytes]:
     return content[4:end].tobytes(), content[end:]
 
 
-def _join(planes: Bytes, out: npt.NDArray[Any]) -> None:
-    """Numbers of their bytes, the lowest first: ``planes [itemsize, n]``, ``out [n]``."""
+def _used(planes: Bytes) -> Bytes:
+    """The planes that these values need, with a bit for the sign. Raises FormatError if one is negative."""
     used = len(planes)
     while used > 1 and not planes[used - 1].max(initial=0):
         used -= 1
-    if used == out.itemsize and planes[-1].max(initial=0) > 127:
-        raise FormatError("it holds an invalid value")
+    if not used % 4 and planes[used - 1].max(initial=0) > 127:
+        if used == len(planes):
+            raise FormatError("it holds an invalid value")
+        used += 1  # too large for a signed integer of 4 bytes
+    return planes[:used]
+
+
+def _join(planes: Bytes, out: npt.NDArray[Any]) -> None:
+    """Numbers of their bytes, the lowest first: ``planes [bytes, n]``, ``out [n]``."""
+    used = len(planes)
     if used > 1:
         low: npt.NDArray[Any] = planes[1].astype(np.uint16)
         low <<= 8

@@ -380,7 +380,7 @@ class ParquetSegment:
                 yield low, values.reshape(high - low, n, width)
             layer += count
 
-    def rank_loads(self, first: int, last: int) -> Parts[np.int64]:
+    def rank_loads(self, first: int, last: int) -> Parts[Any]:
         assert self.shape is not None
         return self._by_layers("rank_load", self.shape.ep_size, first, last)
 

@@ -77,11 +77,11 @@ class Segment(Protocol):
         ...
 
     def load_steps(self) -> Int64: ...
-    def rank_loads(self, first: int, last: int) -> Parts[np.int64]:
+    def rank_loads(self, first: int, last: int) -> Parts[Any]:
         """Sums per rank of layers ``first`` to ``last - 1``, as they lie together in the file.
 
-        Yields ``(layer, int64 [layers, n, ep_size])`` in order. Reads with a handle of its own, so that
-        threads can share a segment.
+        Yields ``(layer, int32 or int64 [layers, n, ep_size])`` in order. Reads with a handle of its own, so
+        that threads can share a segment.
         """
         ...
 
@@ -132,7 +132,7 @@ class OpenSegment:
                 values = self._journal.read_layers(layer, min(layer + at_once, last))
             yield layer, values
 
-    def rank_loads(self, first: int, last: int) -> Parts[np.int64]:
+    def rank_loads(self, first: int, last: int) -> Parts[Any]:
         shape = self.shape
         assert shape is not None
         for layer, load in self.loads(first, last):
