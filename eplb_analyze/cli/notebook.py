@@ -30,8 +30,10 @@ if TYPE_CHECKING:
 
 #: Characters of a line: as many as a timeline of the library's default number of bins takes.
 WIDTH = DEFAULT_BINS + timeline.MARGIN
+#: Not the page's own font: in nbconvert's pages, ``pre`` has a proportional one, and columns do not line up.
+FONT = "Menlo,Consolas,'DejaVu Sans Mono',monospace"
 #: Colors are those of the text itself: a notebook has a light or a dark background.
-HTML = '<pre style="line-height:1.25;white-space:pre">{code}</pre>'
+HTML = f'<pre style="font-family:{FONT};line-height:1.25;white-space:pre">{{code}}</pre>'
 
 
 def html(report: Report) -> str | None:

@@ -89,6 +89,8 @@ def test_a_notebook_shows_what_the_command_prints(dump: Path, kind: str) -> None
     lines = text_of(page)
     assert [line for line in lines if line] == [line for line in printed.splitlines() if line.strip()]
     assert "<script" not in page
+    assert page.startswith('<pre style="font-family:')
+    assert ",monospace;" in page  # columns line up in any page
     assert any("<script>alert(1)</script>" in line for line in lines) or kind in ("CheckReport",)
 
 
