@@ -29,7 +29,7 @@ class Figure:
 def table(figures: Iterable[Figure]) -> str:
     """A Markdown table."""
     words = {True: "met", False: "**missed**", None: "–"}
-    rows = ["| what | goal | | measured | beside it |", "| --- | --- | --- | --- | --- |"]
+    rows = ["| what | goal | result | measured | compared with |", "| --- | --- | --- | --- | --- |"]
     rows += [f"| {f.what} | {f.goal} | {words[f.met]} | {f.measured} | {f.beside} |" for f in figures]
     return "\n".join(rows)
 

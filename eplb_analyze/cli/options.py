@@ -342,7 +342,7 @@ LayersPerStep = Annotated[
 DelaySteps = Annotated[
     str | None,
     typer.Option(
-        "--delay-steps", help="Change the first layers this many steps after the window.", metavar="N,N…"
+        "--delay-steps", help="Change the first layers this many steps after the window ends.", metavar="N,N…"
     ),
 ]
 MaxMoves = Annotated[
@@ -393,7 +393,7 @@ CrossNodeWeight = Annotated[
     typer.Option(
         "--cross-node-weight",
         metavar="W",
-        help="By tokens+traffic, count a token that a rank gets from another node as W more tokens of work.",
+        help="For tokens+traffic, count a token that a rank gets from another node as W more tokens of work.",
         min=0,
     ),
 ]

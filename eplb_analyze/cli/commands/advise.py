@@ -56,9 +56,9 @@ def advise(
     timings: options.Timings = None,
     workers: options.Workers = None,
 ) -> None:
-    """Recommend load-balancer settings: one with its gain and its price, and the two best alternatives.
+    """Recommend a load-balancer setting, with its gain and its price, and the two best alternatives.
 
-    Chooses them on the first 60% of the steps, and tests them on the rest. Without options about settings,
+    It chooses them on the first 60% of the steps, and tests them on the rest. Without options about settings,
     it searches among those that the engine offers; with them, it tries what `replay` would try.
     """
     choices = options.parse_choices(
