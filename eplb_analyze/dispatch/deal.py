@@ -13,10 +13,10 @@ A share of the tokens may be dealt in rounds, one to each replica: as a recordin
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from statistics import NormalDist
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -36,8 +36,8 @@ _SHARES = 256
 #: From this batch on, positions take all replicas equally often, to less than 1%.
 LARGE_BATCH = 4096
 
-#: How likely each token is to go somewhere: one, or float64 ``[experts, steps]``.
-Share = Fraction | Float64
+#: Whole numbers below it are exact in float32, which is twice as fast as float64.
+EXACT_IN_FLOAT32 = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -91,42 +91,44 @@ class Dealt(Dispatch):
         load = tokens.load
         out = load.take(slots, axis=0)
         out[slots == EMPTY_SLOT] = 0
+        copies = _Copies.of(slots)
+        if not len(copies.experts):
+            return out
+        left, again = load.take(copies.experts, axis=0), np.zeros((len(copies.experts), 1), load.dtype)
+        if self.token_replication > 1:
+            left, again = np.divmod(left, self.token_replication)
+        # If replicas are not equally likely, they do not take turns.
+        sure = None if weights is not None else self._sure(tokens, copies, left)
+        shares = _shares(copies, weights) if sure is None else sure.shares
+        if sure is not None:
+            left = sure.left
         drawn = 0
-        for experts, columns, by_chance in _alike(slots, weights):
-            count = len(columns)
-            whole, again = load.take(experts, axis=0), np.zeros(1, load.dtype)
+        for copy, at in enumerate(copies.slots):
+            more = len(copies.slots[copy + 1]) if copy + 1 < len(copies.slots) else 0
+            sent = left[: len(at)].copy()  # the last copy gets what is left
+            if more:
+                sent[:more] = binomial(left[:more], shares[copy][:more], bits[drawn : drawn + more])
+                left[:more] -= sent[:more]
+                drawn += more
+            if sure is not None:
+                sent += sure.counts[copy]
             if self.token_replication > 1:
-                whole, again = np.divmod(whole, self.token_replication)
-            if weights is None:
-                rounds, left, shares = self._rounds(tokens, experts, whole, by_chance)
-            else:  # the replicas do not take turns
-                rounds, left, shares = None, whole, by_chance
-            for replica, (at, share) in enumerate(zip(columns, shares, strict=True)):
-                last = replica == count - 1
-                if last:
-                    chosen = left
-                else:
-                    chosen = binomial(left, share, bits[drawn : drawn + len(at)])
-                    drawn += len(at)
-                left = left - chosen
-                mine = chosen if rounds is None else rounds[replica] + chosen
-                if self.token_replication > 1:
-                    mine = mine * self.token_replication + (again if last else 0)
-                out[at] = mine
+                sent *= self.token_replication
+                sent[more:] += again[more : len(at)]
+            out[at] = sent
         return out
 
-    def _rounds(
-        self, tokens: Tokens, experts: Int64, whole: Counts, shares: Sequence[Share]
-    ) -> tuple[Sequence[Counts] | None, Counts, Sequence[Share]]:
-        """The tokens of these experts that each replica gets for sure, what is left, and its share of that.
+    def _sure(self, tokens: Tokens, copies: _Copies, whole: Counts) -> _Sure | None:
+        """The tokens that go to a replica for sure; None: all are left to chance.
 
-        ``whole``: all of their tokens ``[experts, steps]``; ``shares``: if nothing but chance decides.
+        ``whole``: all tokens of the experts that have several slots ``[experts, steps]``.
         """
         if not self.in_rounds:
-            return None, whole, shares
-        count = len(shares)
-        each = (whole * (self.in_rounds / count)).astype(whole.dtype)
-        return [each] * count, whole - count * each, shares
+            return None
+        each = (whole * (self.in_rounds / copies.num_slots[:, np.newaxis])).astype(whole.dtype)
+        counts = [each[: len(at)] for at in copies.slots]
+        left = whole - each * copies.num_slots[:, np.newaxis].astype(whole.dtype)
+        return _Sure(counts, left, _shares(copies))
 
 
 @dataclass(frozen=True)
@@ -142,29 +144,82 @@ class ByPosition(Dealt):
     #: vLLM's hash of the position, which favors some replicas of a small batch; else the position itself.
     hashed: bool = True
 
-    def _rounds(
-        self, tokens: Tokens, experts: Int64, whole: Counts, shares: Sequence[Share]
-    ) -> tuple[Sequence[Counts] | None, Counts, Sequence[Share]]:
+    def _sure(self, tokens: Tokens, copies: _Copies, whole: Counts) -> _Sure | None:
         if tokens.batch is None or tokens.routed is None:
-            return None, whole, shares
-        all_chosen = tokens.load.take(experts, axis=0) / np.maximum(tokens.routed, 1)
+            return None
+        all_chosen = tokens.load.take(copies.experts, axis=0) / np.maximum(tokens.routed, 1)
         chosen = np.where(tokens.routed > 0, all_chosen, 0)
-        odds = position_shares(tokens.batch, len(shares), hashed=self.hashed)
         in_rounds = whole * chosen.clip(0, 1)
-        rounds, wanted = [], []
-        for own in odds:
-            rounds.append((in_rounds * own).astype(whole.dtype))
-            wanted.append(whole * own - rounds[-1])  # of those that are left, on average
-        rest = np.cumsum(wanted[::-1], axis=0)[::-1]
-        left: Counts = whole - np.sum(rounds, axis=0)
-        return (
-            rounds,
-            left,
-            [
-                np.divide(own, all_left, out=np.zeros(whole.shape), where=all_left > 0)
-                for own, all_left in zip(wanted, rest, strict=True)
-            ],
-        )
+        odds = {
+            count: position_shares(tokens.batch, count, hashed=self.hashed)
+            for count in np.unique(copies.num_slots).tolist()
+        }
+        counts, wanted, left = [], [], whole.copy()
+        for copy, at in enumerate(copies.slots):
+            own = np.stack([odds[count][copy] for count in copies.num_slots[: len(at)].tolist()])
+            counts.append((in_rounds[: len(at)] * own).astype(whole.dtype))
+            wanted.append(whole[: len(at)] * own - counts[-1])  # of those that are left, on average
+            left[: len(at)] -= counts[-1]
+        rest, shares = np.zeros(whole.shape), []
+        for own in reversed(wanted):
+            rest[: len(own)] += own
+            shares.append(np.divide(own, rest[: len(own)], out=np.zeros(own.shape), where=own > 0))
+        return _Sure(counts, left, shares[::-1])
+
+
+class _Copies(NamedTuple):
+    """The experts with several slots, those with most slots first.
+
+    Attributes:
+        experts: int64 ``[n]``.
+        num_slots: of each.
+        slots: for each copy, the slots of the experts that have so many: these are the first ones.
+    """
+
+    experts: Int64
+    num_slots: Int64
+    slots: list[npt.NDArray[np.intp]]
+
+    @classmethod
+    def of(cls, slots: Int32) -> _Copies:
+        order = np.argsort(slots, kind="stable")
+        count = np.bincount(slots - EMPTY_SLOT)  # empty slots first, as in the order
+        first = np.cumsum(count) - count
+        count[0] = 0
+        experts = np.flatnonzero(count > 1)
+        experts = experts[np.argsort(-count[experts], kind="stable")]
+        count, first = count[experts], first[experts]
+        have = [int(np.count_nonzero(count > copy)) for copy in range(count.max(initial=0))]
+        return cls(experts + EMPTY_SLOT, count, [order[first[:n] + copy] for copy, n in enumerate(have)])
+
+
+class _Sure(NamedTuple):
+    """The tokens of experts with several slots that do not depend on chance.
+
+    Attributes:
+        counts: of each copy, integers ``[experts that have it, steps]``.
+        left: the other tokens ``[experts, steps]``, of a new array.
+        shares: of each copy, of those that the copies before it have left; see :func:`binomial`.
+    """
+
+    counts: list[Counts]
+    left: Counts
+    shares: list[Float64]
+
+
+def _shares(copies: _Copies, weights: Int64 | None = None) -> list[Float64]:
+    """The share of an expert's tokens that each copy draws, of those that the copies before it have left.
+
+    Args:
+        weights: how likely a token goes to a slot, compared with the others of its expert; default: equally.
+    """
+    if weights is None:
+        return [1 / (copies.num_slots[: len(at), np.newaxis] - copy) for copy, at in enumerate(copies.slots)]
+    rest, shares = np.zeros(len(copies.experts)), []
+    for at in reversed(copies.slots):
+        rest[: len(at)] += weights[at]
+        shares.append((weights[at] / np.maximum(1, rest[: len(at)]))[:, np.newaxis])
+    return shares[::-1]
 
 
 def position_shares(batch: Int64, copies: int, *, hashed: bool = True) -> Float64:
@@ -210,36 +265,6 @@ def _repeated(tokens: Tokens, times: int) -> Tokens:
     )
 
 
-def _alike(
-    slots: Int32, weights: Int64 | None
-) -> Iterator[tuple[Int64, npt.NDArray[np.intp], Sequence[Share]]]:
-    """The experts with several slots, those with the same number and weights of them together.
-
-    Yields:
-        The experts; their slots ``[copies, experts]``; and the share of an expert's tokens that each copy
-        draws, of those that the copies before it have left.
-    """
-    order = np.argsort(slots, kind="stable")
-    copies = np.bincount(slots - EMPTY_SLOT)  # empty slots first, as in the order
-    first = np.cumsum(copies) - copies
-    copies[0] = 0
-    for count in range(2, copies.max(initial=0) + 1):
-        experts = np.flatnonzero(copies == count)
-        if not len(experts):
-            continue
-        columns = order[first[experts] + np.arange(count)[:, np.newaxis]]
-        experts = experts + EMPTY_SLOT
-        if weights is None:
-            yield experts, columns, [Fraction(1, count - replica) for replica in range(count)]
-            continue
-        patterns, which = np.unique(weights[columns], axis=1, return_inverse=True)
-        for number, pattern in enumerate(patterns.T.tolist()):
-            same = which.reshape(-1) == number
-            left = [sum(pattern[replica:]) for replica in range(count)]
-            shares = [Fraction(w, max(1, rest)) for w, rest in zip(pattern, left, strict=True)]
-            yield experts[same], columns[:, same], shares
-
-
 def _weights(slots: Int32, chosen: Int32) -> Int64:
     """How likely a token of any source goes to a slot, compared with the other slots of its expert."""
     fixed = np.bincount(chosen[chosen >= 0], minlength=len(slots)).astype(np.int64)
@@ -283,66 +308,88 @@ def _mix(bits: Bits) -> Bits:
     return bits
 
 
-def binomial(tokens: Counts, share: Share, bits: Bits) -> Counts:
-    """How many of ``tokens`` go where each goes with the probability ``share``: a binomial quantile."""
-    if isinstance(share, Fraction) and share.numerator == 0:
-        return np.zeros_like(tokens)
-    few = tokens <= FEW_TOKENS
-    if few.all():
-        return _exact(tokens, share, bits)
-    if isinstance(share, Fraction):
-        over, under = share.as_integer_ratio()
-        mean, drawn = tokens * over / under, np.sqrt(tokens * float(over * (under - over)))
-        drawn /= under
-    else:
-        mean, drawn = tokens * share, np.sqrt(tokens * share * (1 - share))
-    drawn *= _normal().take(bits >> np.uint32(32 - _NORMAL_BITS))
-    drawn += mean
+def binomial(tokens: Counts, share: Float64, bits: Bits) -> Counts:
+    """How many of ``tokens`` go where each goes with the probability ``share``: a binomial quantile.
+
+    Args:
+        tokens: integers ``[n, steps]``.
+        share: float64 ``[n, steps]``, or ``[n, 1]`` if the same in all steps.
+        bits: random ``[n, steps]``.
+    """
+    most = int(tokens.max(initial=0))
+    tables, which = _tables(share)
+    if most <= FEW_TOKENS:
+        return _exact(tables, which, tokens, bits)
+    number = "f4" if most < EXACT_IN_FLOAT32 else "f8"
+    every, likely = tokens.astype(number), share.astype(number)
+    drawn = np.sqrt(every)
+    drawn *= np.sqrt(likely * (1 - likely))
+    drawn *= _normal(number).take(bits >> np.uint32(32 - _NORMAL_BITS))
+    drawn += every * likely
     np.rint(drawn, out=drawn)
     np.maximum(drawn, 0, out=drawn)
-    np.minimum(drawn, tokens, out=drawn)
+    np.minimum(drawn, every, out=drawn)
     out: Counts = drawn.astype(tokens.dtype)
-    if few.any():
-        own = share if isinstance(share, Fraction) else share[few]
-        out[few] = _exact(tokens[few], own, bits[few])
+    few = np.flatnonzero(tokens <= FEW_TOKENS)
+    if len(few):
+        own = which.take(few // tokens.shape[1] if which.shape[1] == 1 else few)
+        out.reshape(-1)[few] = _exact(tables, own, tokens.take(few), bits.take(few))
     return out
 
 
-def _exact(tokens: Counts, share: Share, bits: Bits) -> Counts:
-    level = bits >> np.uint32(32 - _TABLE_BITS)
-    if isinstance(share, Fraction):
-        found = _quantiles(share)[tokens, level]
-    else:
-        found = _all_quantiles()[np.rint(share * _SHARES).astype(np.int64), tokens, level]
-    out: Counts = found.astype(tokens.dtype)
-    return out
+def _exact(tables: npt.NDArray[np.uint8], which: Int64, tokens: Counts, bits: Bits) -> Counts:
+    """The quantiles of few tokens, each from one of the tables."""
+    at = which * (FEW_TOKENS + 1) + tokens
+    at <<= _TABLE_BITS
+    at += bits >> np.uint32(32 - _TABLE_BITS)
+    return tables.take(at).astype(tokens.dtype)
+
+
+def _tables(share: Float64) -> tuple[npt.NDArray[np.uint8], Int64]:
+    """Tables of quantiles ``[tables, tokens, levels]``, and which of them a share needs."""
+    if share.shape[1] == 1:
+        shares, which = _different(tuple(share[:, 0].tolist()))
+        return _quantiles_of(shares), which
+    return _all_quantiles(), np.rint(share * _SHARES).astype(np.int64)
+
+
+@functools.lru_cache(maxsize=256)
+def _different(shares: tuple[float, ...]) -> tuple[tuple[float, ...], Int64]:
+    """The shares, each once, and which of them each is ``[n, 1]``."""
+    found, which = np.unique(shares, return_inverse=True)
+    return tuple(found.tolist()), which.reshape(-1, 1)
 
 
 @functools.cache
 def _all_quantiles() -> npt.NDArray[np.uint8]:
     """:func:`_quantiles` of all shares: ``[_SHARES + 1, tokens, levels]``, 17 MB."""
-    return np.stack([_quantiles(Fraction(share, _SHARES)) for share in range(_SHARES + 1)])
+    return np.stack([_quantiles(share / _SHARES) for share in range(_SHARES + 1)])
+
+
+@functools.lru_cache(maxsize=32)
+def _quantiles_of(shares: tuple[float, ...]) -> npt.NDArray[np.uint8]:
+    return np.stack([_quantiles(share) for share in shares])
 
 
 @functools.lru_cache(maxsize=1024)
-def _quantiles(share: Fraction) -> npt.NDArray[np.uint8]:
+def _quantiles(share: float) -> npt.NDArray[np.uint8]:
     """Quantiles of the binomial distributions of 0 to ``FEW_TOKENS`` tokens: ``[tokens, levels]``."""
     levels = _middles(_TABLE_BITS)
-    over, under = share.as_integer_ratio()
     out = np.zeros((FEW_TOKENS + 1, len(levels)), np.uint8)
     probability = np.array([1.0])
     for tokens in range(1, FEW_TOKENS + 1):
-        other = np.append(probability, 0.0) * (1 - over / under)
-        other[1:] += probability * over / under
+        other = np.append(probability, 0.0) * (1 - share)
+        other[1:] += probability * share
         probability = other
         out[tokens] = np.searchsorted(np.cumsum(probability), levels).clip(0, tokens)
     return out
 
 
 @functools.cache
-def _normal() -> Float64:
-    """Quantiles of the standard normal distribution."""
-    return np.array([NormalDist().inv_cdf(level) for level in _middles(_NORMAL_BITS).tolist()])
+def _normal(number: str) -> npt.NDArray[Any]:
+    """Quantiles of the standard normal distribution, as a dtype."""
+    levels = _middles(_NORMAL_BITS).tolist()
+    return np.array([NormalDist().inv_cdf(level) for level in levels], number)
 
 
 def _middles(bits: int) -> Float64:

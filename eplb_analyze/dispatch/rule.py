@@ -100,6 +100,9 @@ def busiest_of(slot_loads: Counts, ranks: int, rates: Sequence[float], token_rep
 def rank_loads(load: Counts, ranks: int) -> Counts:
     """Sum loads ``[slots, steps]`` by rank, or count those that are True: ``[ranks, steps]``."""
     slots = load.reshape(ranks, -1, load.shape[1])
-    counted = np.int16 if load.dtype == np.bool_ else load.dtype
+    counted = load.dtype
+    if counted == np.bool_:
+        counted = np.dtype(np.uint8 if slots.shape[1] < 1 << 8 else np.uint16)
+        slots = slots.view(np.uint8)  # a sum of the same type is much faster
     total: Counts = slots.sum(axis=1, dtype=counted)
     return total

@@ -312,6 +312,8 @@ class Simulation:
         draws = max(replica_draws(slots) for placements in every for _, slots, _ in placements)
         streams = range(layer, self.repeats * self.layers, self.layers)
         deals = np.stack([random_bits(steps, stream, draws) for stream in streams])
+        #: Policies often find the same placement.
+        known: dict[tuple[str, int, int, int, bytes], Busiest] = {}
         for row, placements in enumerate(every):
             if row < len(self.settings) and self.settings[row].policy == policies.ORACLE:
                 maximum[row], inverse[row], terms[MEAN + 1 :, row] = self._oracle(load, layer, row, rates)
@@ -323,10 +325,17 @@ class Simulation:
             own = replace(tokens, by_source=by_source) if by_table else tokens
             for (_, slots, chosen), low, high in zip(placements, cuts[:-1], cuts[1:], strict=True):
                 if high > low:
-                    part, replicas = slice(low, high), Replicas(slots, ranks, chosen)
-                    maximum[row, part], inverse[row, part], terms[MEAN + 1 :, row, part] = rule.busiest_rank(
-                        own.within(part), replicas, deals[:, :, part], rates
-                    )
+                    part, scored = slice(low, high), None
+                    if chosen is None:  # then the order of slots on a rank does not matter
+                        slots = np.sort(slots.reshape(ranks, -1), axis=1).reshape(-1)  # noqa: PLW2901
+                        key = self.sharing.names[row], ranks, low, high, slots.tobytes()
+                        scored = known.get(key)
+                    if scored is None:
+                        replicas = Replicas(slots, ranks, chosen)
+                        scored = rule.busiest_rank(own.within(part), replicas, deals[:, :, part], rates)
+                        if chosen is None:
+                            known[key] = scored
+                    maximum[row, part], inverse[row, part], terms[MEAN + 1 :, row, part] = scored
                     if exact and self.sharing.names[row] != LP:
                         pieces.append((row, part, slots, chosen))
             edges.update(cuts)

@@ -8,6 +8,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,19 @@ def test_result_does_not_depend_on_threads_or_blocks(dump: Path, tmp_path: Path)
         for name in one.keys() - {"idle_fraction_bound"}:
             same = one[name] == other[name]
             assert same or one[name] == pytest.approx(other[name], rel=1e-12), name
+
+
+def test_settings_have_the_figures_that_they_have_alone(dump: Path) -> None:
+    """Also those that find the same placements as another one, perhaps in another order on a rank."""
+    policies, redundant = ["deepseek", "vllm", "static"], [0, 4]
+    together = replay_run(open_run(dump), Choices(policies=policies, redundant=redundant, intervals=[5, 10]))
+    settings = [outcome.setting for outcome in together.outcomes if outcome.setting is not None]
+    assert {setting.policy for setting in settings} == set(policies)
+    for outcome in together.outcomes:
+        assert outcome.setting is not None
+        (alone,) = replay_run(open_run(dump), [outcome.setting]).outcomes
+        bound = alone.idle_fraction_bound
+        assert alone == replace(outcome, idle_fraction_bound=bound), outcome.setting
 
 
 def test_scores_of_a_long_run_are_downsampled(dump: Path, monkeypatch: pytest.MonkeyPatch) -> None:
