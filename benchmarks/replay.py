@@ -4,9 +4,9 @@
                                 [--options='--max-utilization 0.9 --layers-per-step 1']
 
 Records a dump of DeepSeek-V3's shape, scope global, with a rearrangement every 2,000 steps. Each figure is a
-whole process with its start-up, the best of ``--repeat``, with one thread and with one per core. The decode
+whole program with its start-up, the best of ``--repeat``, with one worker and with one per core. The decode
 is pyarrow's, of the ``load`` column, without checksums. Settings rearrange every 250 to 3,000 steps. CPU time
-is that of all threads, also of a busy machine. ``--options`` are more of `replay`, such as conditions.
+is also that of a busy machine. ``--options`` are more of `replay`, such as conditions.
 """
 
 from __future__ import annotations
@@ -58,9 +58,11 @@ def main() -> None:
                 seconds, peak = measure([*command, *options, folder], args.repeat)
                 busy = (processor_seconds() - before) / args.repeat
                 settings = len(redundant) * len(intervals)
-                name = f"{settings} settings, {dispatch}, {workers} threads"
+                name = f"{settings} settings, {dispatch}, {workers} workers"
+                # Of several processes, only the first one is waited for by this one.
+                used = f"{busy:6.2f} s of CPU   {peak:5.0f} MiB" if workers == 1 else ""
                 print(
-                    f"  {name:40s} {seconds:6.2f} s, {busy:6.2f} s of CPU   {peak:5.0f} MiB   "
+                    f"  {name:40s} {seconds:6.2f} s, {used:28s} "
                     f"{seconds / settings:5.2f} s each",
                     flush=True,
                 )

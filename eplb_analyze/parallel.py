@@ -91,6 +91,11 @@ def one_ahead(
         yield from ordered_results(lambda item: pool.submit(work, item), items, 1)
 
 
+def num_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def split_range(first: int, end: int) -> list[tuple[int, int]]:
     """Split ``range(first, end)`` into one half-open range for each worker."""
     edges = [first + i * (end - first) // num_workers() for i in range(num_workers() + 1)]

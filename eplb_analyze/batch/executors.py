@@ -6,21 +6,19 @@ handles its own errors: :class:`WorkerDied` is the result of an item whose worke
 
 from __future__ import annotations
 
-import multiprocessing
+import contextlib
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import forkserver
-from multiprocessing.context import BaseContext
 from typing import Any, Generic, Protocol, TypeVar
 
 from eplb_analyze.errors import UsageError
 from eplb_analyze.parallel import limit_workers, ordered_results
+from eplb_analyze.processes import closed_pipes_ignored, process_pool
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -80,8 +78,8 @@ class Processes:
     def __init__(self, workers: int) -> None:
         self._workers = workers
         self._pool = _pool(workers)
-        # The pipe of a worker that dies closes, which must not end this process.
-        self._on_pipe = signal.signal(signal.SIGPIPE, signal.SIG_IGN) if hasattr(signal, "SIGPIPE") else None
+        self._held = contextlib.ExitStack()
+        self._held.enter_context(closed_pipes_ignored())
 
     def map(
         self, work: Callable[[Item], Result], items: Iterable[Item]
@@ -101,25 +99,11 @@ class Processes:
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
-        if self._on_pipe is not None:
-            signal.signal(signal.SIGPIPE, self._on_pipe)
+        self._held.close()
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(workers, _context(), initializer=limit_workers, initargs=(1,))
-
-
-def _context() -> BaseContext:
-    """Workers are forked from a server that has imported what they need, where the platform can.
-
-    Otherwise each takes half a second of processor time to import it.
-    """
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["eplb_analyze.batch.postmortem"])
-    forkserver.ensure_running()  # so it imports while this process does
-    return context
+    return process_pool(workers, preload="eplb_analyze.batch.postmortem")
 
 
 @dataclass(frozen=True)

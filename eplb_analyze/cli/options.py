@@ -418,7 +418,11 @@ ExpertMb = Annotated[
 Workers = Annotated[
     int | None,
     typer.Option(
-        "--workers", metavar="N", help="Use this many threads; default: one per core.", min=1, max=1024
+        "--workers",
+        metavar="N",
+        help="Use this many threads or processes; default: one per core.",
+        min=1,
+        max=1024,
     ),
 ]
 

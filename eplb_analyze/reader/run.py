@@ -112,7 +112,7 @@ class Run:
         self.sessions = sessions
         self.findings = findings
         self.notes = notes
-        self.progress: Callable[[int, int], None] = lambda done, of: None
+        self.progress: Callable[[int, int], None] = _not_shown
         self.timings: StepTimes | None = None
         self.gpu: str | None = None
         #: By table, the ``id`` of segments where it is unreadable; they stay in the sessions.
@@ -146,6 +146,24 @@ class Run:
         steps = "no steps" if first is None else f"steps {first}-{last}"
         size = f"{plural(self.info.ep_size, 'rank')}, {steps}, {plural(self.info.num_layers, 'layer')}"
         return f"<Run {self.info.run_id} of {self.info.model}: {size}>"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, which shows no progress; segments are numbered, as their ``id`` changes."""
+        number = {id(segment): i for i, segment in enumerate(self._segments())}
+        unreadable = {table: {number.get(i) for i in ids} - {None} for table, ids in self._unreadable.items()}
+        state = vars(self) | {"_unreadable": unreadable, "progress": _not_shown, "_clock": None}
+        del state["_history_lock"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _history_lock=threading.RLock())
+        segments = self._segments()
+        self._unreadable = {
+            table: {id(segments[number]) for number in numbers} for table, numbers in self._unreadable.items()
+        }
+
+    def _segments(self) -> list[Segment]:
+        return [segment for session in self.sessions for segment in session.segments]
 
     def truncated_at(self, step: int) -> Run:
         """The run as it was when ``step`` was its last step: later writes are left out."""
@@ -427,7 +445,9 @@ class Run:
             self._reading = False
 
     def _exclude(self, fault: DamagedSegmentError) -> None:
-        segment = fault.segment
+        # Another process may have found it in its copy of the run.
+        named = fault.segment.path, fault.segment.seq
+        segment = next((s for s in self._segments() if (s.path, s.seq) == named), fault.segment)
         # A live writer thins the segments of all ranks at about the same time.
         if fault.missing and sum(map(refresh_thinned, self.sessions)):
             self._history = self._lost_ranks = None
@@ -665,6 +685,10 @@ class Run:
     ) -> formulas.Terms:
         """See :meth:`Block.terms`; token replication is divided out."""
         return block.terms(self.info.token_replication, first, last, each=each)
+
+
+def _not_shown(done: int, of: int) -> None:
+    pass
 
 
 def _phases_of(segment: Segment) -> set[str]:

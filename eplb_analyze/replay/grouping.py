@@ -47,8 +47,10 @@ class Grouping:
     #: If known, also of the ranks of another EP size.
     ranks_per_node: int | None = None
 
-    def nodes(self, ep_size: int) -> int:
-        """The nodes of another number of ranks; one if it is not known or does not divide them."""
+    def nodes(self, ep_size: int, recorded_ranks: int | None = None) -> int:
+        """The nodes of a number of ranks; one if it is not known or does not divide them."""
+        if ep_size == recorded_ranks:
+            return self.num_nodes
         on_node = self.ranks_per_node
         return ep_size // on_node if on_node and ep_size % on_node == 0 else 1
 

@@ -28,6 +28,7 @@ from eplb_analyze.reader.lost import lost_in, remaining
 from eplb_analyze.reader.recorded_setting import CONDITIONS, Recorded, Setting, recorded
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.run_info import uneven_nodes
+from eplb_analyze.replay import shared_play
 from eplb_analyze.replay.grouping import Grouping, Groupings
 from eplb_analyze.replay.pricing import Objective, Pause, effort, gain, lines_of, net, pause_of
 from eplb_analyze.replay.scores import ALL, TODAY, Scores
@@ -332,6 +333,7 @@ def replay_run(
     expert_mb: float | None = None,
     cross_node_weight: float | None = None,
     workers: int | None = None,
+    processes: int = 1,
     keep_placements: bool = False,
     search: Search | None = None,
     score_steps: int | None = None,
@@ -350,6 +352,8 @@ def replay_run(
         cross_node_weight: by the objective ``tokens+traffic``, a token that a rank gets from another node
             counts as so many tokens of work more.
         workers: threads; the result does not depend on them. Default: one for each core.
+        processes: up to so many share many settings of a long run. A script that asks for several needs
+            ``if __name__ == "__main__":``, because each imports it.
         keep_placements: also return all placements, which takes memory.
         search: what to try instead of all combinations, if nothing but a dispatch is chosen.
         score_steps: score about so many of the steps, and compute no bounds; default: all.
@@ -390,9 +394,7 @@ def replay_run(
                 [(setting, _policy(setting.policy)) for setting in settings],
                 recorded_steps=part.recorded, num_groups=grouping.num_groups, lines=lines_of(cost),
                 dispatch=today.dispatch, score_steps=score_steps, known_nodes=groupings.known_nodes,
-                num_nodes=lambda ranks: (
-                    grouping.num_nodes if ranks == part.shape.ep_size else grouping.nodes(ranks)
-                ),
+                num_nodes=functools.partial(grouping.nodes, recorded_ranks=part.shape.ep_size),
             )  # fmt: skip
             if keep_placements:
                 for each in simulation.setting_runs[:tried]:
@@ -400,7 +402,7 @@ def replay_run(
             test = None
             if own is not None and own in settings:
                 test = RecordedSettingTest(simulation, settings.index(own), today)
-            simulation.play(workers)
+            shared_play.play(simulation, part.recorded, workers, processes)
             return simulation, None if test is None else test.result(grouping, groupings.seen_groups)
 
         chosen, *finer = groupings.likely

@@ -109,6 +109,13 @@ class Scores:
             joined.flows = np.concatenate([other.flows[:count], self.flows])
         return joined
 
+    def take(self, rows: Sequence[int], other: Scores) -> None:
+        """Take rows from others of the same steps."""
+        assert np.array_equal(self.step, other.step)
+        self._series.sums[:, rows] = other._series.sums[:, rows]
+        if self.flows is not None and other.flows is not None:
+            self.flows[rows] = other.flows[rows]
+
     def _sum(self, index: int) -> Float64:
         found: Float64 = self._series.sums[index]
         return found

@@ -154,11 +154,26 @@ class SettingRun:
         self._first = origin + (setting.start or 0)
         self._parts = window_parts(setting.policy, self.window)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, where nobody watches it."""
+        return vars(self) | {"on_move": None}
+
     def window_edges(self, after: int, steps: Int64) -> Iterator[int]:
         """The steps of a block where windows begin or end, also windows that end in a later block."""
         for before in sorted({0, self.window, *self._parts}):
             ends = self._due(after, steps, after + before, int(steps[-1]) + before)
             yield from (end - before for end in ends)
+
+    def may_change(self, after: int, steps: Int64) -> Iterator[int]:
+        """The steps of a block from which its placement may be another one, whatever its conditions.
+
+        ``after`` is the last step before the block.
+        """
+        layers, at_once = len(self.placed[0][1]), self.setting.layers_per_step
+        parts = range(-(-layers // at_once) if at_once else 1)
+        longest = self.setting.delay + len(parts)
+        due = [*self._multiples(after - longest, after), *self._due(after, steps, after, int(steps[-1]))]
+        yield from (step + self.setting.delay + part for step in due for part in parts)
 
     def play(
         self,

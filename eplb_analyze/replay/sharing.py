@@ -118,15 +118,17 @@ class Sharing:
         self.sources_unknown = sources_unknown(run)
         self.batches_known = True
         self.dispatches: list[NamedDispatch] = []
-        self._rank_of = {id(s): session.info.ep_rank for session in run.sessions for s in session.segments}
         #: By row, the placements in the current block and their tables.
         self._tables: dict[int, list[tuple[Int32, Int32]]] = {}
         #: Of today's placements in the current block, by the step from which a layer changed.
         self._todays_tables: dict[int, Int32] = {}
-        self._lock = threading.Lock()
 
     def measure(self, steps: StepRange, with_placement: Callable[[Block], Int64]) -> None:
         """Measure in the first steps how tokens are dealt; they are independent if these have no replicas."""
+        # Not before, as a lock and an id are of one process.
+        self._lock = threading.Lock()
+        sessions = self._run.sessions
+        self._rank_of = {id(s): session.info.ep_rank for session in sessions for s in session.segments}
         found, left = Spread(self._run.info.token_replication), DISPATCH_STEPS
         for block in self._run.blocks(steps):
             some = with_placement(block)[:left]
@@ -142,12 +144,12 @@ class Sharing:
         copies = self._run.info.token_replication
         self.dispatches = [named(name, self.measured, copies) for name in self.names]
 
-    def start(self, num_tokens: Int64, setting_runs: Sequence[SettingRun], pool: Executor) -> None:
-        """Start a block, in which the settings have been played."""
+    def start(self, num_tokens: Int64, played: Sequence[tuple[int, SettingRun]], pool: Executor) -> None:
+        """Start a block, in which settings have been played: their rows and runs."""
         self.batches_known &= bool((num_tokens >= 0).all())
-        rows = [row for row in range(len(self._settings)) if self.dispatches[row].table is not None]
-        found = pool.map(lambda row: self._tables_of(row, setting_runs[row]), rows)
-        self._tables = dict(zip(rows, found, strict=True))
+        with_table = [(row, own) for row, own in played if self.dispatches[row].table is not None]
+        found = pool.map(lambda one: self._tables_of(*one), with_table)
+        self._tables = {row: tables for (row, _), tables in zip(with_table, found, strict=True)}
         self._todays_tables.clear()
 
     def _tables_of(self, row: int, own: SettingRun) -> list[tuple[Int32, Int32]]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
@@ -27,7 +26,7 @@ from eplb_analyze.dispatch.rule import Busiest, Replicas, busiest_of, rank_loads
 from eplb_analyze.errors import DumpError
 from eplb_analyze.metrics.cost import EXCHANGE_RATES
 from eplb_analyze.metrics.formulas import Float64, Terms, sglang
-from eplb_analyze.parallel import split_range
+from eplb_analyze.parallel import num_cores, split_range
 from eplb_analyze.policies import policy as policies
 from eplb_analyze.policies.oracle import place_each
 from eplb_analyze.policies.policy import Policy
@@ -155,6 +154,9 @@ class Simulation:
         self.repeats = max(1, min(MAX_REPEATS, DEALS // max(1, recorded_steps * self.layers)))
         self.first_step = self.last_step = -1
         self.scored = self.left_out = self.unplaced = 0
+        #: The settings that this process plays, and whether it scores today's placements and the bounds.
+        self._rows: Sequence[int] = range(len(self.settings))
+        self._all_else = True
 
     def _first_known(self) -> int:
         """The first step from which the placements of all layers are known."""
@@ -185,19 +187,27 @@ class Simulation:
                 return np.stack(whole)
         return np.stack([policies.initial(count, slots) for count in self.in_layer.tolist()])
 
-    def play(self, workers: int | None = None) -> None:
+    def play(
+        self, workers: int | None = None, rows: Sequence[int] | None = None, *, rest: bool = True
+    ) -> None:
         """Call it once, inside ``run.retry_without_damaged``.
 
         The result does not depend on the number of threads.
+
+        Args:
+            rows: the settings to play; the others get no figures. Default: all.
+            rest: also score today's placements and compute the bounds.
         """
+        self._rows, self._all_else = range(len(self.settings)) if rows is None else rows, rest
         self.sharing.measure(self.steps, self._with_placement)
         past = PrefixSums(self.layers, self.experts, self.steps.first)
-        near = [own for own in self._played.values() if uses_sources(own.setting.policy)]
+        runs = list(dict.fromkeys(self.setting_runs[row] for row in self._rows))
+        near = [own for own in runs if uses_sources(own.setting.policy)]
         near = [own for own in near if self.sharing.exact_sources(own.setting.ep_size)]
         sent = PrefixSums(self.layers, self.shape.ep_size * self.experts, self.steps.first) if near else None
-        longest = max((own.window for own in self.setting_runs), default=0)
+        longest = max((own.window for own in runs), default=0)
         last = self.steps.first - 1
-        with ThreadPoolExecutor(workers or _cores()) as pool:
+        with ThreadPoolExecutor(workers or num_cores()) as pool:
             for block in self.run.blocks(self.steps):
                 steps = self._with_placement(block)
                 self.left_out += len(block.recorded) - len(steps)
@@ -206,7 +216,6 @@ class Simulation:
                 after, last = last, int(steps[-1])
                 loads = _LogicalLoads(block, steps, self.histories, self.experts)
                 self.unplaced += sum(pool.map(loads.read, split_range(0, self.layers)))
-                runs = self._played.values()
                 edges = (edge for own in runs for edge in own.window_edges(after, steps))
                 past.add(steps, loads.logical.__getitem__, edges, pool)
                 if sent is not None and (sources := self.sharing.source_loads(block, steps)) is not None:
@@ -225,17 +234,32 @@ class Simulation:
                 ]
                 for played in playing:
                     played.result()
-                self.sharing.start(loads.num_tokens, self.setting_runs, pool)
+                self.sharing.start(
+                    loads.num_tokens, [(row, self.setting_runs[row]) for row in self._rows], pool
+                )
                 for sums in (past, sent):
                     if sums is not None:
                         sums.forget(last - longest)
                 self.recorded.add(loads.measured, loads.tokens / self.shape.ep_size)
                 chosen = loads.within(np.flatnonzero(drawn(steps, self._every)))
                 if len(chosen.steps):
-                    self._score(chosen, block.phase_names(chosen.steps), pool)
+                    changes = {step for own in self.setting_runs for step in own.may_change(after, steps)}
+                    self._score(chosen, sorted(changes), block.phase_names(chosen.steps), pool)
                 self.first_step = self.first_step if self.scored else int(steps[0])
                 self.last_step = last
                 self.scored += len(steps)
+
+    def take(self, rows: Sequence[int], scores: Scores, setting_runs: Sequence[SettingRun]) -> None:
+        """Take settings that another process has played.
+
+        Args:
+            rows: their rows.
+            scores: of the simulation there.
+            setting_runs: one for each row.
+        """
+        self.scores.take(rows, scores)
+        for row, own in zip(rows, setting_runs, strict=True):
+            self.setting_runs[row] = own
 
     def _utilization(self, loads: _LogicalLoads, own: SettingRun) -> Utilization:
         """How to measure a setting's utilization in steps of a block, with tokens dealt once, as measured."""
@@ -265,7 +289,9 @@ class Simulation:
                     known[period] = False
         return steps[known]
 
-    def _score(self, loads: _LogicalLoads, phases: list[str | None], pool: Executor) -> None:
+    def _score(
+        self, loads: _LogicalLoads, changes: list[int], phases: list[str | None], pool: Executor
+    ) -> None:
         rows, steps = len(self.scores.ep_size), len(loads.steps)
         terms = np.zeros((MEAN + 1 + len(self._exchanges), rows, steps))
         active = np.zeros((rows, steps))
@@ -273,13 +299,13 @@ class Simulation:
         sources = self.sharing.source_loads(loads.block, loads.steps)
         layers = range(self.layers)
         stays = np.zeros((2, rows, steps))
-        for own in pool.map(lambda layer: self._score_layer(loads, sources, layer), layers):
+        for own in pool.map(lambda layer: self._score_layer(loads, sources, changes, layer), layers):
             terms += own.terms
             active += own.terms[MAXIMUM] > 0
             stays += own.stays
             if own.flows is not None:
                 self.scores.flows = own.flows if self.scores.flows is None else self.scores.flows + own.flows
-            for size, bound in zip(self.bounds, own.bounds, strict=True):
+            for size, bound in own.bounds.items():
                 self.bounds[size] += bound
         sums, efforts = np.zeros((self.scores.figures, rows, steps)), terms[MEAN + 1 :]
         sums[: MEAN + 1] = terms[: MEAN + 1]
@@ -295,26 +321,28 @@ class Simulation:
             sums[at + len(self.scores.lines)] = own_steps
         self.scores.add(loads.steps, sums)
 
-    def _score_layer(self, loads: _LogicalLoads, sources: SourceLoads | None, layer: int) -> _LayerScores:
+    def _score_layer(
+        self, loads: _LogicalLoads, sources: SourceLoads | None, changes: list[int], layer: int
+    ) -> _LayerScores:
         steps, load = loads.steps, loads.logical[layer]
-        runs = enumerate(self.setting_runs)
-        placed = [self.sharing.placements(row, own, layer) for row, own in runs]
+        every = {row: self.sharing.placements(row, self.setting_runs[row], layer) for row in self._rows}
+        if self._all_else:
+            every |= enumerate(self.sharing.todays(layer, steps), len(self.settings))
         tokens = self.sharing.tokens(np.ascontiguousarray(load.T), loads.num_tokens)
         by_source = None if sources is None else sources.take(layer, load.dtype)
         terms = np.zeros((MEAN + 1 + len(self._exchanges), len(self.scores.ep_size), len(steps)))
         maximum, mean = terms[MAXIMUM], terms[MEAN]
         rates = [EXCHANGE_RATES[exchange] for exchange in self._exchanges]
         inverse = np.zeros(maximum.shape)
-        edges = {*range(0, len(steps), self.bound_steps), len(steps)}
         pieces: list[Piece] = []
-        every = [*placed, *self.sharing.todays(layer, steps)]
         # The same bits for all settings, so that as little as possible of a difference is chance.
-        draws = max(replica_draws(slots) for placements in every for _, slots, _ in placements)
+        draws = max(replica_draws(slots) for placements in every.values() for _, slots, _ in placements)
         streams = range(layer, self.repeats * self.layers, self.layers)
         deals = np.stack([random_bits(steps, stream, draws) for stream in streams])
         #: Policies often find the same placement.
         known: dict[tuple[str, int, int, int, bytes], Busiest] = {}
-        for row, placements in enumerate(every):
+        edges = {*range(0, len(steps), self.bound_steps), *np.searchsorted(steps, changes).tolist()}
+        for row, placements in every.items():
             if row < len(self.settings) and self.settings[row].policy == policies.ORACLE:
                 maximum[row], inverse[row], terms[MEAN + 1 :, row] = self._oracle(load, layer, row, rates)
                 continue
@@ -338,7 +366,8 @@ class Simulation:
                     maximum[row, part], inverse[row, part], terms[MEAN + 1 :, row, part] = scored
                     if exact and self.sharing.names[row] != LP:
                         pieces.append((row, part, slots, chosen))
-            edges.update(cuts)
+            if row >= len(self.settings):
+                edges.update(cuts)
         mean[:] = load.sum(axis=1, dtype=np.int64) / self.scores.ep_size[:, None]
         terms[BALANCEDNESS] = mean * inverse
         stays, flows = np.full((2, *maximum.shape), np.nan), None
@@ -347,11 +376,11 @@ class Simulation:
             flows = locality.flows(pieces, len(maximum))
             for piece in pieces:
                 stays[:, piece[0], piece[1]] = locality.stays(piece)
-        if not self.bounds:
-            return _LayerScores(terms, stays, flows, [])
+        if not self.bounds or not self._all_else:
+            return _LayerScores(terms, stays, flows, {})
         # No placement changes within a sum, so the bound of its busiest rank is one of its steps together.
         sums = np.add.reduceat(load, sorted(edges - {len(steps)}), axis=0, dtype=np.float64)
-        bounds = [float(policies.lower_bound(sums, *size).sum()) for size in self.bounds]
+        bounds = {size: float(policies.lower_bound(sums, *size).sum()) for size in self.bounds}
         return _LayerScores(terms, stays, flows, bounds)
 
     def _oracle(self, load: npt.NDArray[Any], layer: int, row: int, rates: list[float]) -> Busiest:
@@ -368,13 +397,13 @@ class _LayerScores(NamedTuple):
         terms: the first sums of :class:`Scores` without ``ACTIVE``, then the efforts.
         stays: tokens that stay on their rank, and on their node ``[2, rows, steps]``; NaN if not known.
         flows: see :attr:`Scores.flows`.
-        bounds: of each of :attr:`Simulation.bounds`.
+        bounds: see :attr:`Simulation.bounds`.
     """
 
     terms: Float64
     stays: Float64
     flows: Float64 | None
-    bounds: list[float]
+    bounds: dict[Size, float]
 
 
 class RecordedFigures:
@@ -447,7 +476,3 @@ class _LogicalLoads:
                 unplaced += int(self.tokens[layer].sum() - out.sum(dtype=np.int64))
                 self.logical[layer] = out
         return unplaced
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -7,6 +7,7 @@ the manifest, journals and manifests by the checksums of their frames.
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import stat
 import threading
@@ -49,6 +50,11 @@ class DamagedSegmentError(DumpError):
         """``missing``: the file does not exist: a writer that thins its segments may have removed it."""
         super().__init__(f"{path}: {reason}")
         self.segment, self.table, self.missing = segment, table, missing
+        self._path, self._reason = path, reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        create = functools.partial(DamagedSegmentError, missing=self.missing)
+        return create, (self.segment, self.table, self._path, self._reason)
 
 
 class Segment(Protocol):

@@ -20,7 +20,7 @@ ROWS = [
         "eplb_analyze.text",
         "eplb_analyze.parallel",
     },
-    {"eplb_analyze.storage", "eplb_analyze.metrics", "eplb_analyze.policies"},
+    {"eplb_analyze.processes", "eplb_analyze.storage", "eplb_analyze.metrics", "eplb_analyze.policies"},
     {"eplb_analyze.atomic", "eplb_analyze.dispatch", "eplb_analyze.sessions"},
     {"eplb_analyze.reader"},
     {"eplb_analyze.analysis"},

@@ -50,6 +50,7 @@ def replay(
         max_utilization=max_utilization, min_balancedness=min_balancedness,
         layers_per_step=layers_per_step, delay_steps=delay_steps, max_moves=max_moves,
     )  # fmt: skip
+    from eplb_analyze.parallel import num_cores
     from eplb_analyze.replay.pricing import Objective
     from eplb_analyze.replay.replay import replay_run
 
@@ -58,6 +59,6 @@ def replay(
         run, choices, steps, num_groups=num_groups, num_nodes=num_nodes,
         objective=None if objective is None else Objective(objective),
         cost_per_expert_ms=cost_per_expert_ms, expert_mb=expert_mb,
-        cross_node_weight=cross_node_weight, workers=workers,
+        cross_node_weight=cross_node_weight, workers=workers, processes=workers or num_cores(),
     )  # fmt: skip
     out.show(result.to_json, lambda console: render(console, result, top), result.part.whole)
