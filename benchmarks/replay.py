@@ -62,8 +62,7 @@ def main() -> None:
                 # Of several processes, only the first one is waited for by this one.
                 used = f"{busy:6.2f} s of CPU   {peak:5.0f} MiB" if workers == 1 else ""
                 print(
-                    f"  {name:40s} {seconds:6.2f} s, {used:28s} "
-                    f"{seconds / settings:5.2f} s each",
+                    f"  {name:40s} {seconds:6.2f} s, {used:28s} {seconds / settings:5.2f} s each",
                     flush=True,
                 )
 
