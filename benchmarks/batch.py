@@ -1,9 +1,10 @@
 """How `postmortem` scales with workers, and what each executor costs before it does any work.
 
-    python -m benchmarks.batch [--runs 12] [--steps 2000] [--long 40000] [--repeat 2] [--workers 1,2]
-        [--no-ray] [--nodes 2]
+    python -m benchmarks.batch [--runs 12] [--steps 2000] [--long 40000] [--writers 1] [--repeat 2]
+        [--workers 1,2] [--executors local,processes,ray] [--nodes 2]
 
-Records a run of DeepSeek-V3's shape, scope global, and copies it; then one long run, which is read in parts.
+Records a run of DeepSeek-V3's shape, scope global, and copies it; then one long run, which is read in parts,
+by ``--writers`` processes at once. 0 runs or 0 steps leave out either.
 Each figure is a whole process, the best of ``--repeat`` in sequence. Ratios are to one worker process (the
 first of ``--workers``). An empty batch shows the cost of an executor. Beside the ratios: what as many
 processes reach on this machine that share nothing and only decode what `postmortem` reads, startup excluded.
@@ -14,6 +15,8 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -23,8 +26,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
+from benchmarks import workload
 from benchmarks.analyze import apart, make
 from benchmarks.figure import Figure
+
+#: The loads of a long run repeat after so many steps, because to draw them takes longer than to record them.
+DRAWN = 2000
 
 MEASURED = """
 import resource, sys
@@ -99,14 +108,21 @@ def limits(file: Path, counts: list[int], repeat: int) -> dict[int, float]:
     return found
 
 
-def compare(title: str, folder: Path, repeat: int, counts: list[int], ray: bool) -> dict[int, float]:
+def compare(
+    title: str,
+    folder: Path,
+    repeat: int,
+    counts: list[int],
+    executors: Sequence[str] = ("local", "processes"),
+) -> dict[int, float]:
     """The seconds of each number of worker processes."""
     found = {}
     print(title)
     base = None
-    rows = [("local", 1), *(("processes", count) for count in counts)]
-    if ray and importlib.util.find_spec("ray"):
-        rows += [("ray", count) for count in counts]
+    rows = [("local", 1)] * ("local" in executors)
+    for name in ("processes", "ray"):
+        if name in executors and (name != "ray" or importlib.util.find_spec("ray")):
+            rows += [(name, count) for count in counts]
     for name, workers in rows:
         arguments = ["postmortem", str(folder), "--executor", name]
         arguments += [] if name == "local" else ["--workers", str(workers)]
@@ -128,12 +144,12 @@ def figures(quick: bool) -> Iterator[Figure]:
         root = Path(folder)
         copies(root / "many", runs, 2000)
         limit = limits(next((root / "many").rglob("steps-*.parquet")), [most], 2)[most]
-        apart(make, root / "long", long)
+        make_long(root / "long", long, most)
         for what, share, name in (
             (f"{runs} runs of 2,000 steps", 12 / 16, "many"),
             (f"one run of {long:,} steps", 8 / 16, "long"),
         ):
-            found = compare(what, root / name, 2, [1, most], ray=False)
+            found = compare(what, root / name, 2, [1, most])
             yield Figure(
                 f"`postmortem --executor processes` of {what}, {most} workers against one",
                 f"≥ {share * most:g}x",
@@ -168,6 +184,45 @@ def copies(folder: Path, runs: int, steps: int) -> None:
         shutil.copytree(folder / "0", folder / str(number))
 
 
+def make_long(folder: Path, steps: int, writers: int = 1) -> None:
+    """One run of scope global, with another placement every 2,000 steps.
+
+    So many processes record it at the same time, with the clocks of one after the other: the engine seems
+    to have been restarted.
+    """
+    context = multiprocessing.get_context("spawn")
+    edges = [steps * i // writers for i in range(writers + 1)]
+    recording = [
+        context.Process(target=_record, args=(folder, number, *own), daemon=True)
+        for number, own in enumerate(itertools.pairwise(edges))
+    ]
+    for process in recording:
+        process.start()
+    for process in recording:
+        process.join()
+    assert all(process.exitcode == 0 for process in recording)
+
+
+def _record(folder: Path, number: int, first: int, end: int) -> None:
+    clocks, later = {name: getattr(time, name) for name in ("time_ns", "monotonic_ns")}, number * 10**13
+    for name, clock in clocks.items():
+        setattr(time, name, lambda clock=clock: clock() + later)
+    from eplb_dump import ExpertLoadWriter
+
+    loads = workload.loads(DRAWN, seed=1)
+    with ExpertLoadWriter(
+        folder, model="deepseek-v3", num_logical_experts=workload.LOGICAL, ep_size=workload.EP_SIZE,
+        scope="global", run_id="r",
+    ) as writer:  # fmt: skip
+        for step in range(first, end):
+            if step == first or step % 2000 == 0:
+                rng = np.random.default_rng(step // 2000)
+                placement = np.stack([rng.permutation(row) for row in workload.placement().astype(np.int32)])
+            writer.record(step, loads[step * 17 % DRAWN], placement)
+            assert step % 256 < 255 or writer.flush(60)
+        assert writer.close(120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -175,39 +230,35 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=12)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--long", type=int, default=40000)
+    parser.add_argument("--writers", type=int, default=1, help="processes that record the long run")
     parser.add_argument("--repeat", type=int, default=2)
-    parser.add_argument("--no-ray", action="store_true")
+    parser.add_argument("--executors", default="local,processes,ray")
     parser.add_argument("--nodes", type=int, default=0, help="also on Ray clusters of one node and of these")
     parser.add_argument("--workers", default="1,2", help="numbers of workers; ratios are to the first")
     args = parser.parse_args()
     counts = [int(count) for count in args.workers.split(",")]
+    executors = args.executors.split(",")
     # No usage reports of Ray.
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         (root / "none").mkdir()
-        compare(
-            "nothing to read: the cost of an executor",
-            root / "none",
-            args.repeat,
-            counts,
-            ray=not args.no_ray,
-        )
-        copies(root / "many", args.runs, args.steps)
-        limits(next((root / "many/0").rglob("steps-*.parquet")), counts, args.repeat)
-        compare(
-            f"{args.runs} runs of {args.steps:,} steps",
-            root / "many",
-            args.repeat,
-            counts,
-            ray=not args.no_ray,
-        )
-        apart(make, root / "long", args.long)
-        if args.nodes:
-            by_nodes(root / "many", args.repeat, args.nodes)
-        compare(f"one run of {args.long:,} steps", root / "long", args.repeat, counts, ray=not args.no_ray)
-        if args.nodes:
-            by_nodes(root / "long", args.repeat, args.nodes)
+        compare("nothing to read: the cost of an executor", root / "none", args.repeat, counts, executors)
+        if args.runs:
+            copies(root / "many", args.runs, args.steps)
+        if args.long:
+            start = time.perf_counter()
+            make_long(root / "long", args.long, args.writers)
+            print(f"the long run was recorded in {time.perf_counter() - start:.0f} s", flush=True)
+        limits(next(root.rglob("steps-*.parquet")), counts, args.repeat)
+        for name, title in (
+            ("many", f"{args.runs} runs of {args.steps:,} steps"),
+            ("long", f"one run of {args.long:,} steps"),
+        ):
+            if (root / name).exists():
+                compare(title, root / name, args.repeat, counts, executors)
+                if args.nodes:
+                    by_nodes(root / name, args.repeat, args.nodes)
 
 
 if __name__ == "__main__":

@@ -659,11 +659,9 @@ def _statements_near(sessions: Sequence[Session], steps: StepRange) -> list[tupl
     """The rows of a range of steps, and of so many before it that all placements in force there are known.
 
     A rank can repeat a placement late, so the step from which one is in force is known only with the one
-    before it. None if all rows have to be read: a rank has several sessions, or some steps are not kept.
+    before it. None if all rows have to be read: sessions of a rank overlap, or some steps are not kept.
     """
-    if len({session.info.ep_rank for session in sessions}) < len(sessions):
-        return None
-    if any(session.retired or session.lost for session in sessions):
+    if any(session.retired or session.lost for session in sessions) or _overlap(sessions):
         return None
     waiting = sorted(
         (
@@ -694,6 +692,19 @@ def _statements_near(sessions: Sequence[Session], steps: StepRange) -> list[tupl
                 if row.step <= steps.first:
                     earlier[row.layer].add((row.ep_size, row.slots.tobytes()))
     return sorted(found, key=lambda item: (item[0], item[1].step))
+
+
+def _overlap(sessions: Sequence[Session]) -> bool:
+    """Whether two sessions of one rank have steps in one range."""
+    spans = sorted(
+        (session.info.ep_rank, min(s.first_step for s in session.segments), session.last_step)
+        for session in sessions
+        if session.segments
+    )
+    return any(
+        rank == next_rank and first <= last
+        for (rank, _, last), (next_rank, first, _) in itertools.pairwise(spans)
+    )
 
 
 def _rows_of(session: Session, unreadable: frozenset[int]) -> list[_Statement]:

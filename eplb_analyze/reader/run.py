@@ -49,7 +49,7 @@ if TYPE_CHECKING:  # a third of the start-up of a command that shows no frame
     from eplb_analyze.metrics.cost import StepTimes
 
 T = TypeVar("T")
-#: Steps in a part of a run, about: so few that many cores get equal shares.
+#: Steps in a part of a run, about, of all ranks together: so few that many cores get equal shares.
 PART_STEPS = 4096
 
 
@@ -423,7 +423,7 @@ class Run:
 
     def parts(self) -> list[StepRange]:
         """The run's steps as ranges that other processes or machines can read separately."""
-        return parts(self.sessions, PART_STEPS)
+        return parts(self.sessions, PART_STEPS // len(self.present_ranks))
 
     def retry_without_damaged(self, analysis: Callable[[], T]) -> T:
         """Run an analysis. If a segment turns out to be damaged, exclude it and start again.

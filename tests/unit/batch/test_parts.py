@@ -107,6 +107,7 @@ STORIES = st.builds(
 @example(Story(False, [(step, {0, 1, 2}) for step in range(20, STEPS, 20)], [], []), 50)
 @example(Story(True, [(100, {0}), (103, {1}), (180, {0, 2})], [(100, 1), (180, 2)], []), 30)
 @example(Story(True, [(40, {0, 1}), (120, {2})], [], [(80, 2)]), 30)
+@example(Story(False, [(40, {0, 1}), (120, {2}), (130, {0})], [], [(60, 0), (121, 0)]), 40)
 def test_parts_and_whole_agree_for_every_cut(story: Story, part_steps: int) -> None:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as cleanup:
         patch = cleanup.enter_context(pytest.MonkeyPatch.context())
