@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from eplb_analyze.cli.console import (
@@ -373,10 +374,15 @@ def _evidence(console: Console, advice: Advice) -> None:
             console,
             f"the gain is used up if a rank needs {least} to fetch the weights of one expert of one layer",
         )
-    print_links(console, advice.replay, None if advice.best is None else advice.best.links)
+    print_links(console, advice.replay, None if advice.best is None else advice.best.links, _shown(advice))
     if advice.engine_arguments is not None:
         console.print("to start the engine with this setting:")
         print_line(console, f"  {advice.engine_arguments}", soft_wrap=True)
+
+
+def _shown(advice: Advice) -> str:
+    """The setting that is shown first, in words."""
+    return "the advised setting" if advice.verdict in ("enable", "retune") else "the best other setting"
 
 
 def _basis(console: Console, advice: Advice) -> None:
@@ -402,18 +408,15 @@ def _in_ms(console: Console, advice: Advice) -> None:
     net, gain = advice.net_ms_per_step, advice.gain_ms_per_step
     if net is None or gain is None:
         return
-    name = "the advised setting" if advice.verdict in ("enable", "retune") else "the best other setting"
     work = saves_or_costs(
         gain.estimate, gain.low, gain.high, milliseconds, saved=" per step", more=" more per step"
     )
     pauses = net.estimate - gain.estimate
     paused = f"{milliseconds(abs(pauses))} per step {'less' if pauses > 0 else 'more'} than today"
-    if not pauses:
+    if math.isclose(net.estimate, gain.estimate):
         paused = "as long as today"
-    print_line(
-        console,
-        f"without pauses, {name} {work}; it pauses the engine {paused}, at the rate of the whole run",
-    )
+    pauses_text = f"it pauses the engine {paused}, at the rate of the whole run"
+    print_line(console, f"without pauses, {_shown(advice)} {work}; {pauses_text}")
     print_line(console, pause_sentence(advice.replay.pause))
     if advice.break_even_pause_ms is not None:
         pause = milliseconds(advice.break_even_pause_ms)

@@ -115,7 +115,7 @@ def render(console: Console, result: Replay, top: int = 20) -> None:
     _today(console, result)
     _settings(console, result, top)
     _bounds(console, result)
-    print_links(console, result, result.links(result.rows[0]) if result.rows else None)
+    print_links(console, result, result.links(result.rows[0]) if result.rows else None, "the first setting")
     legend = "idle: share of rank time lost by tokens; "
     in_ms = result.objective == "ms"
     if in_ms and console.width >= WIDE:
@@ -287,16 +287,16 @@ def links_lines(links: Links, name: str) -> list[str]:
     return [f"busiest links {name}, of all tokens: {'; '.join(shown)}"] if shown else []
 
 
-def print_links(console: Console, result: Replay, best: Links | None) -> None:
-    """The busiest links under today's placements and the first setting, or why they are not known."""
+def print_links(console: Console, result: Replay, best: Links | None, name: str) -> None:
+    """The busiest links under today's placements and another setting's, or why they are not known."""
     from eplb_analyze.replay.sharing import SENDERS_UNKNOWN
 
     if result.sources_unknown is not None:
         text = f"traffic is not known: {SENDERS_UNKNOWN} ({result.sources_unknown})"
         print_line(console, (text, "dim"))
         return
-    for links, name in ((result.links(), "today"), (best, "with the first setting")):
-        for line in [] if links is None else links_lines(links, name):
+    for links, when in ((result.links(), "today"), (best, f"with {name}")):
+        for line in [] if links is None else links_lines(links, when):
             print_line(console, line)
 
 

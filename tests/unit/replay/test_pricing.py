@@ -96,6 +96,10 @@ def test_retune_turns_into_leave_if_pauses_do_not_pay(
         cli("advise", tmp_path, "--interval-steps", "50", "--redundant-experts", "4").stdout.split()
     )
     assert "the mean of 2 rearrangements" in text
+    # With any window to choose from, a setting that never rearranges is advised if pauses are long.
+    pauses = "more" if verdict == "retune" else "less"
+    assert "without pauses, the advised setting saves " in text
+    assert f"per step {pauses} than today, at the rate of the whole run" in text
     assert "gains follow from the cost fitted to this run's step times" in text
 
 
