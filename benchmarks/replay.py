@@ -1,10 +1,10 @@
 """How long `replay` takes for a long run, by the number of settings, compared with decoding the files only.
 
-    python -m benchmarks.replay [--steps 20000] [--settings 1 4 16 60] [--dispatch measured] [--repeat 3]
-                                [--options='--max-utilization 0.9 --layers-per-step 1']
+    python -m benchmarks.replay [--steps 20000] [--settings 1 4 16 60] [--dispatch measured] [--workers 1 2]
+                                [--repeat 3] [--options='--max-utilization 0.9 --layers-per-step 1']
 
 Records a dump of DeepSeek-V3's shape, scope global, with a rearrangement every 2,000 steps. Each figure is a
-whole program with its start-up, the best of ``--repeat``, with one worker and with one per core. The decode
+whole program with its start-up, the best of ``--repeat``, by default with one worker and with one per core. The decode
 is pyarrow's, of the ``load`` column, without checksums. Settings rearrange every 250 to 3,000 steps. CPU time
 is also that of a busy machine. ``--options`` are more of `replay`, such as conditions.
 """
@@ -37,10 +37,11 @@ def main() -> None:
     parser.add_argument("--settings", type=int, nargs="*", default=[1, 4, 16, 60])
     parser.add_argument("--dispatch", nargs="*", default=["measured"])
     parser.add_argument("--options", type=shlex.split, default=[], help="more options of `replay`")
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--workers", type=int, nargs="*", default=[*dict.fromkeys((1, cores))])
     parser.add_argument("--repeat", type=int, default=3)
     args = parser.parse_args()
     program = shutil.which("eplb-analyze", path=str(Path(sys.executable).parent)) or "eplb-analyze"
-    cores = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder:
         apart(make, Path(folder), args.steps)
         print(f"{args.steps:,} steps of {workload.LAYERS} × {workload.SLOTS}, {cores} cores")
@@ -52,7 +53,7 @@ def main() -> None:
             command = [program, "replay", "--policy", "vllm", "--window-steps", "1000"]
             command += ["--redundant-experts", ",".join(map(str, redundant))]
             command += ["--interval-steps", ",".join(map(str, intervals)), *args.options]
-            for dispatch, workers in itertools.product(args.dispatch, dict.fromkeys((1, cores))):
+            for dispatch, workers in itertools.product(args.dispatch, args.workers):
                 options = ["--dispatch", dispatch, "--workers", str(workers)]
                 before = processor_seconds()
                 seconds, peak = measure([*command, *options, folder], args.repeat)
