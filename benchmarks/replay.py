@@ -4,9 +4,9 @@
                                 [--repeat 3] [--options='--max-utilization 0.9 --layers-per-step 1']
 
 Records a dump of DeepSeek-V3's shape, scope global, with a rearrangement every 2,000 steps. Each figure is a
-whole program with its start-up, the best of ``--repeat``, by default with one worker and with one per core. The decode
-is pyarrow's, of the ``load`` column, without checksums. Settings rearrange every 250 to 3,000 steps. CPU time
-is also that of a busy machine. ``--options`` are more of `replay`, such as conditions.
+whole program with its start-up, the best of ``--repeat``, by default with one worker and with one per core.
+The decode is pyarrow's, of the ``load`` column, without checksums. Settings rearrange every 250 to 3,000
+steps. CPU time is also that of a busy machine. ``--options`` are more of `replay`, such as conditions.
 """
 
 from __future__ import annotations
