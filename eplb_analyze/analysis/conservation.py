@@ -177,5 +177,6 @@ def _token_findings(stated: Int64) -> Iterator[Finding]:
 
 
 def steps_text(steps: Sequence[int]) -> str:
-    unique = sorted(set(steps))
-    return f"{len(unique):,} steps, starting at step {unique[0]}" if len(unique) > 1 else f"step {unique[0]}"
+    unique = set(steps)
+    first = min(unique)
+    return f"{len(unique):,} steps, starting at step {first}" if len(unique) > 1 else f"step {first}"

@@ -1,8 +1,8 @@
 """`postmortem`: the work on many runs, shared out to an executor's workers.
 
 A worker reads a short run by itself. A long run is read in parts (:meth:`~eplb_analyze.reader.run.Run.parts`)
-by several workers; their sums are merged here, a worker makes the row of the merged sums, and several judge
-its rearrangements.
+by several workers; their sums are merged here, one makes the row of the merged sums, and several judge its
+rearrangements.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class RunResult:
     #: Of a part: its sums, and the findings that are new since the run was opened.
     sums: SummarySums | None = None
     findings: list[Finding] = field(default_factory=list)
-    #: Of a part: the placements in force in it; None if they have to be read again.
+    #: Of a part: the placements that take effect in it; None if they have to be read again.
     placements: list[PlacementSlice | None] = field(default_factory=list)
     #: Of a part: the times, ns since 1970, of steps that the summary shows, as far as they are known by then.
     times: dict[int, int] = field(default_factory=dict)
@@ -127,7 +127,9 @@ def _read_part(whole: Run, steps: StepRange, bins: Bins) -> RunResult:
     findings = [f for f in run.findings if f not in known]
     shown = {*run.history.changes, *(step for i in range(len(bins)) for step in bins.range(i))}
     times = whole.clock.look_up(sorted(step for step in shown if steps.first <= step < steps.end))
-    return RunResult(sums=sums, findings=findings, placements=[run.history.within(steps)], times=times)
+    # The first part also has what was stated before.
+    stated = StepRange(0 if steps.first <= bins.edges[0] else steps.first, steps.end)
+    return RunResult(sums=sums, findings=findings, placements=[run.history.within(stated)], times=times)
 
 
 def _finish(target: Target, opening: str, merged: RunResult) -> RunResult:
@@ -195,8 +197,8 @@ def rows_of(
             elif isinstance(target, Target):
                 yield RunTask(target)
 
-    def results(tasks: Iterable[RunTask]) -> Iterator[tuple[RunTask, RunResult]]:
-        for task, result in executor.map(run_task, tasks):
+    def results(tasks: Iterable[RunTask], on: Executor = executor) -> Iterator[tuple[RunTask, RunResult]]:
+        for task, result in on.map(run_task, tasks):
             yield task, _broken(task.target, result.reason) if isinstance(result, WorkerDied) else result
 
     def finish(target: Target, result: RunResult) -> tuple[Row, bool]:
@@ -213,8 +215,11 @@ def rows_of(
             yield finish(task.target, result)
     for row in known:
         yield row, False
+    # The row of a single long run is made here: to send its sums to a worker would take half as long.
+    single = len({task.target for task in parts}) == 1
+    merged = results(_merge(results(parts)), Local() if single else executor)
     rows: dict[Target, RunResult] = {}
-    judging = results(_changes(results(_merge(results(parts))), rows))
+    judging = results(_changes(merged, rows))
     for target, of_run in itertools.groupby(judging, key=lambda pair: pair[0].target):
         judged = RunResult()
         for _, some in of_run:

@@ -7,6 +7,7 @@ that rank; ranks that tie share them. The sums are of loads of one shape and sta
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -108,7 +109,9 @@ class Losses:
         self._bins = bins
         self._per_token = per_token
         self._serving = shape.ep_size if serving is None else serving
-        self._excess = np.zeros((len(bins), shape.num_moe_layers, shape.ep_size))
+        self._shape = shape.num_moe_layers, shape.ep_size
+        #: By bin, ``[layers, ep_ranks]``; a part of a run has steps in few bins.
+        self._by_bin: dict[int, Float64] = {}
         #: Loss that remains in complete windows, in tokens × token replication.
         self._lasting = 0.0
         self._longest = 0
@@ -116,12 +119,28 @@ class Losses:
         self._open: list[_Window] = []
 
     def add(self, steps: Int64, terms: Terms) -> None:
-        _, layers, ranks = self._excess.shape
-        slowest = terms.slowest
-        cell = (self._bins.of(steps)[slowest.step] * layers + slowest.layer) * ranks + slowest.rank
+        layers, ranks = self._shape
+        slowest, at = terms.slowest, self._bins.of(steps)
+        first, count = int(at[0]), int(at[-1] - at[0]) + 1
+        cell = ((at - first)[slowest.step] * layers + slowest.layer) * ranks + slowest.rank
         excess = slowest.share * terms.excess[slowest.step, slowest.layer]
-        flat = np.bincount(cell, excess, self._excess.size)
-        self._excess += flat.reshape(self._excess.shape)
+        flat = np.bincount(cell, excess, count * layers * ranks)
+        self._add(dict(enumerate(flat.reshape(count, layers, ranks), first)))
+
+    def _add(self, by_bin: dict[int, Float64]) -> None:
+        vars(self).pop("_excess", None)
+        for number, excess in by_bin.items():
+            own = self._by_bin.get(number)
+            # Not in place: arrays from another process may be read-only.
+            self._by_bin[number] = excess if own is None else own + excess
+
+    @cached_property
+    def _excess(self) -> Float64:
+        """float64 ``[bins, layers, ep_ranks]``."""
+        every = np.zeros((len(self._bins), *self._shape))
+        for number, excess in self._by_bin.items():
+            every[number] = excess
+        return every
 
     def add_lasting(self, windows: Windows, first: int, load: npt.NDArray[Any]) -> None:
         """Add loads of some layers, of all steps of these sums.
@@ -137,15 +156,15 @@ class Losses:
         self._longest = max(windows.counts[1:-1], default=0)
         if not self._open:
             ends = {0, len(windows.keys) - 1}
-            shape = self._excess.shape[1:]
             self._open = [
-                _Window(windows.keys[i], windows.counts[i], np.zeros(shape, np.int64)) for i in sorted(ends)
+                _Window(windows.keys[i], windows.counts[i], np.zeros(self._shape, np.int64))
+                for i in sorted(ends)
             ]
         for window, own in zip(self._open, (summed[0], summed[-1]), strict=False):
             window.load[first : first + load.shape[1]] = own
 
     def merge(self, later: Losses) -> None:
-        self._excess = self._excess + later._excess
+        self._add(later._by_bin)
         self._lasting += later._lasting
         self._longest = max(self._longest, later._longest)
         ends, others = self._open, later._open

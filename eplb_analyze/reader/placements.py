@@ -106,7 +106,7 @@ class Rearrangement:
 
 
 class PlacementSlice(NamedTuple):
-    """The placements in force in a range of steps, one row each, in order of layers and steps."""
+    """The placements that take effect in a range of steps, one row each, in order of layers and steps."""
 
     #: int64 ``[n]``: from which step on, the index of the layer, the EP size, and the number of slots.
     step: Int64
@@ -172,7 +172,7 @@ class PlacementHistory:
         return sorted({*self.lost, *(s for history in self.layers.values() for s in history.steps)})
 
     def within(self, steps: tuple[int, int]) -> PlacementSlice | None:
-        """The placements in force in a half-open range, for :func:`join_placements`.
+        """The placements that take effect in a half-open range, for :func:`join_placements`.
 
         None if that would not be all there is to know: placements or ranks were lost, or are in findings.
         """
@@ -183,7 +183,7 @@ class PlacementHistory:
         rows = [
             (history.steps[i], index, history.ep_sizes[i], len(history.slots[i]), history.slots[i])
             for index, history in sorted(self.layers.items())
-            for i in range(max(0, history.index_at(steps[0])), history.index_at(steps[1] - 1) + 1)
+            for i in range(*(bisect.bisect_left(history.steps, step) for step in steps))
         ]
         step, layer, ep_size, width = np.array([row[:4] for row in rows], np.int64).reshape(-1, 4).T
         slots = np.concatenate([np.empty(0, np.int32), *(row[4] for row in rows)])
@@ -242,14 +242,15 @@ class PlacementHistory:
         changes: list[Change] = []
         start = min((history.steps[0] for history in self.layers.values() if history.steps), default=0)
         for index, history in self.layers.items():
+            counts = self._moved(history)
             for i, step in enumerate(history.steps):
                 if step in history.remains or i == 0:
                     # The first placement of all layers is no change.
                     moved = None if step > start else 0
-                elif history.index_at(step - 1) < 0:
+                elif history.lost and history.index_at(step - 1) < 0:
                     continue  # the placement before is unknown
                 else:
-                    moved = self._moved(history, i)
+                    moved = counts[i]
                 if moved != 0:
                     changes.append(Change(step, index, moved))
         found = []
@@ -262,8 +263,15 @@ class PlacementHistory:
                 found.append(Rearrangement(group[0].step, group[-1].step, layers, count))
         return found
 
-    def _moved(self, history: LayerHistory, i: int) -> int:
-        """How many slots a layer's placement has other experts in than the one before."""
+    def _moved(self, history: LayerHistory) -> list[int]:
+        """In how many slots each of a layer's placements has other experts than the one before."""
+        shapes = {(size, len(slots)) for size, slots in zip(history.ep_sizes, history.slots, strict=True)}
+        if len(shapes) == 1 and not self.lost_ranks:  # as nearly always
+            every = np.stack(history.slots)
+            return [0, *np.count_nonzero(every[1:] != every[:-1], axis=1).tolist()]
+        return [self._moved_at(history, i) if i else 0 for i in range(len(history.steps))]
+
+    def _moved_at(self, history: LayerHistory, i: int) -> int:
         before, now, size = history.slots[i - 1], history.slots[i], history.ep_sizes[i]
         # Slots of two shapes are not the same slots.
         if before.shape != now.shape or history.ep_sizes[i - 1] != size:
@@ -556,17 +564,16 @@ def _joined(
 
 
 def join_placements(sessions: Sequence[Session], slices: Iterable[PlacementSlice]) -> PlacementHistory:
-    """The history of a run whose ranges of steps, in order, have these placements."""
+    """The history of a run of whose ranges of steps, one after the other, these are the slices."""
     layers: dict[int, LayerHistory] = {}
     for one in slices:
         each = np.split(one.slots, np.cumsum(one.width)[:-1])
         numbers = zip(one.step.tolist(), one.layer.tolist(), one.ep_size.tolist(), strict=True)
         for (step, layer, ep_size), slots in zip(numbers, each, strict=True) if len(one.step) else ():
             own = layers.setdefault(layer, LayerHistory())
-            if not own.steps or step > own.steps[-1]:
-                own.steps.append(step)
-                own.ep_sizes.append(ep_size)
-                own.slots.append(slots)
+            own.steps.append(step)
+            own.ep_sizes.append(ep_size)
+            own.slots.append(slots)
     return PlacementHistory(layers, [], [], _rhythm(sessions, layers))
 
 

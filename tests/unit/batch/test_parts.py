@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from eplb_analyze.batch.executors import Local
 from eplb_analyze.batch.targets import find
 from eplb_analyze.json_report import versioned, with_times
 from eplb_analyze.reader import run as reader
-from eplb_analyze.reader.placements import PlacementSlice
+from eplb_analyze.reader.placements import PlacementHistory
 from eplb_analyze.sessions.step_range import StepRange
 from eplb_dump import ExpertLoadWriter
 
@@ -114,15 +115,19 @@ def test_parts_and_whole_agree_for_every_cut(story: Story, part_steps: int) -> N
         patch.setattr(postmortem, "JUDGED_AT_ONCE", 2)
         root = Path(folder)
         story.write(root / "dump")
+        shutil.copytree(root / "dump", root / "copy")
         found = {}
         for about in (part_steps, STEPS + 1):
             patch.setattr(reader, "PART_STEPS", about)
             run = open_run(root / "dump")
             for steps in run.parts():
-                assert_same_placements(run.placed_in(steps).history.within(steps), run.history.within(steps))
+                assert_same_placements(run.placed_in(steps).history, run.history, steps)
             whole = with_times(summarize(run).to_json(), run.clock.iso)
             cache = ResultCache(root / f"saved-{about}")
-            [(row, _)] = postmortem.rows_of(find([str(root / "dump")]), Apart(), cache)
+            # Of a single long run, the row is made by this process, and of several by workers.
+            others = [] if about > STEPS else [str(root / "copy")]
+            (row, _), *more = postmortem.rows_of(find([str(root / "dump"), *others]), Apart(), cache)
+            assert [replace(other, dump=row.dump) for other, _ in more] == [row] * len(others)
             stored = json.loads(cache.report_path(row, "json").read_text())
             # To the last bit: the parts and the order of merging are the same.
             assert stored == versioned(json.loads(json.dumps(whole)))
@@ -135,21 +140,29 @@ def test_parts_and_whole_agree_for_every_cut(story: Story, part_steps: int) -> N
         assert_close(found[part_steps], found[STEPS + 1], 1e-6)
 
 
-def assert_same_placements(found: PlacementSlice | None, expected: PlacementSlice | None) -> None:
-    assert found is not None
-    assert expected is not None
-    for own, other in zip(found, expected, strict=True):
-        assert own.tolist() == other.tolist()
+def assert_same_placements(found: PlacementHistory, expected: PlacementHistory, steps: StepRange) -> None:
+    own, other = found.within(steps), expected.within(steps)
+    assert own is not None
+    assert other is not None
+    assert [column.tolist() for column in own] == [column.tolist() for column in other]
+    for layer in range(LAYERS):
+        in_force = [history.layer(layer).index_at(steps.first) for history in (found, expected)]
+        assert (in_force[0] < 0) == (in_force[1] < 0)
+        for name in ("steps", "ep_sizes", "slots") if in_force[0] >= 0 else ():
+            one, two = (
+                getattr(history.layer(layer), name)[at]
+                for history, at in zip((found, expected), in_force, strict=True)
+            )
+            assert np.array_equal(one, two)
 
 
 def test_part_reads_no_placements_that_are_not_in_force_in_it(tmp_path: Path) -> None:
     story = Story(True, [(step, set(range(LAYERS))) for step in range(20, STEPS, 20)], [], [])
     story.write(tmp_path)
-    run, steps = open_run(tmp_path), StepRange(160, 176)
-    expected = run.history.within(steps)
+    steps, expected = StepRange(160, 176), open_run(tmp_path).history
     for path in tmp_path.rglob("placements-*.parquet"):
         if not 6 <= int(path.stem.split("-")[1]) <= 10:  # those of changes at steps 100 to 160
             path.unlink()
     part = open_run(tmp_path).placed_in(steps)
-    assert_same_placements(part.history.within(steps), expected)
+    assert_same_placements(part.history, expected, steps)
     assert not part.findings

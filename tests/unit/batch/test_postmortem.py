@@ -139,10 +139,11 @@ def test_row_of_a_growing_long_run_is_of_one_moment(tmp_path: Path) -> None:
         class Slow(Local):
             def map(self, function: Any, items: Any) -> Iterator[Any]:
                 for item in items:
-                    if item.merged is not None:
+                    result = function(item)
+                    if item.part is not None and item.part[0].end == PART_STEPS + 500:
                         go_on(3000, 2, slots[::-1])
                         go_on(10, 4, slots)
-                    yield item, function(item)
+                    yield item, result
 
         go_on(PART_STEPS + 500, 2, slots)
         run = open_run(dump)
