@@ -1,11 +1,14 @@
 """How long the commands take on long runs, and how much memory, beside a bare decode of the same files.
 
-    python -m benchmarks.analyze [--steps 5000 20000] [--local-steps 1000] [--repeat 3]
+    python -m benchmarks.analyze [--steps 5000 20000] [--local-steps 1000] [--repeat 3] [--instructions]
 
 Makes dumps of DeepSeek-V3's shape with a rearrangement every 2,000 steps: one of scope global for each of
 ``--steps``, one of scope local with 32 ranks. Each figure is a whole process, start-up included, the best
 of ``--repeat``; all run one after another, each peer in the same run. Ratios are to pyarrow's decode of
 the ``load`` column, without checksums.
+
+``--instructions`` counts the instructions of each process with valgrind instead, 50 times as slow: a count is
+the same on a busy machine, to about 1%. It does not show waiting, nor what misses the processor's caches.
 """
 
 from __future__ import annotations
@@ -14,7 +17,9 @@ import argparse
 import importlib.util
 import multiprocessing
 import os
+import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -125,22 +130,55 @@ def measure(arguments: Sequence[str], repeat: int) -> tuple[float, float]:
     return min(seconds), peak
 
 
+def instructions(arguments: Sequence[str]) -> int:
+    """How many instructions a process executes."""
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+    subprocess.run(arguments, check=True, stdout=subprocess.DEVNULL, env=environment)  # compiles modules
+    valgrind = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={os.devnull}"]
+    done = subprocess.run(
+        [*valgrind, *arguments], check=True, env=environment, text=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    found = re.search(r"Collected : (\d+)", done.stderr)
+    assert found, done.stderr
+    return int(found[1])
+
+
+def program() -> str:
+    """The command line program that is installed beside this interpreter."""
+    return shutil.which("eplb-analyze", path=str(Path(sys.executable).parent)) or "eplb-analyze"
+
+
+def processes(folder: Path) -> dict[str, list[str]]:
+    """The command line of each peer, the bare decode first, and of each command."""
+    found = {"decode": DECODE, "numpy: balancedness": NUMPY}
+    if importlib.util.find_spec("duckdb"):
+        found["DuckDB: of rank_load"] = DUCKDB
+    rows = {name: [sys.executable, "-c", code, str(folder)] for name, code in found.items()}
+    report = "report", "--force", "-o", f"{folder}.html"
+    commands = {**{" ".join(command): command for command in COMMANDS}, "report": report}
+    return rows | {name: [program(), *command, str(folder)] for name, command in commands.items()}
+
+
 def compare(folder: Path, repeat: int) -> dict[str, tuple[float, float]]:
     """Seconds and MiB of each command and peer."""
-    program = shutil.which("eplb-analyze", path=str(Path(sys.executable).parent)) or "eplb-analyze"
-    bare, peak = measure([sys.executable, "-c", DECODE, str(folder)], repeat)
-    found = {"decode": (bare, peak)}
+    found: dict[str, tuple[float, float]] = {}
     size = sum(path.stat().st_size for path in folder.rglob("*.parquet"))
-    print(f"  {'pyarrow: decode load':26s} {bare:6.2f} s   1.00x   {peak:5.0f} MiB   ({size / 1e6:,.0f} MB)")
-    rows = [("numpy: balancedness", [sys.executable, "-c", NUMPY, str(folder)])]
-    if importlib.util.find_spec("duckdb"):
-        rows.append(("DuckDB: of rank_load", [sys.executable, "-c", DUCKDB, str(folder)]))
-    rows += [(" ".join(command), [program, *command, str(folder)]) for command in COMMANDS]
-    for name, arguments in rows:
-        seconds, peak = measure(arguments, repeat)
-        found[name] = seconds, peak
+    print(f"  {size / 1e6:,.0f} MB")
+    for name, arguments in processes(folder).items():
+        seconds, peak = found[name] = measure(arguments, repeat)
+        bare = found["decode"][0]
         print(f"  {name:26s} {seconds:6.2f} s  {seconds / bare:5.2f}x   {peak:5.0f} MiB", flush=True)
     return found
+
+
+def count(folder: Path) -> None:
+    """Print the instructions of each command and peer."""
+    bare = 0
+    for name, arguments in processes(folder).items():
+        number = instructions(arguments)
+        bare = bare or number
+        print(f"  {name:26s} {number / 1e9:7.2f} G  {number / bare:5.2f}x", flush=True)
 
 
 def main() -> None:
@@ -150,20 +188,30 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="*", default=[5000, 20000])
     parser.add_argument("--local-steps", type=int, default=1000)
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--instructions", action="store_true")
     args = parser.parse_args()
-    program = shutil.which("eplb-analyze", path=str(Path(sys.executable).parent)) or "eplb-analyze"
-    seconds, peak = measure([program, "--help"], args.repeat)
-    print(f"eplb-analyze --help: {seconds:.2f} s, {peak:.0f} MiB")
+
+    def look(folder: Path) -> None:
+        if args.instructions:
+            count(folder)
+        else:
+            compare(folder, args.repeat)
+
+    if args.instructions:
+        print(f"eplb-analyze --help: {instructions([program(), '--help']) / 1e9:.2f} G instructions")
+    else:
+        seconds, peak = measure([program(), "--help"], args.repeat)
+        print(f"eplb-analyze --help: {seconds:.2f} s, {peak:.0f} MiB")
     for steps in args.steps:
         with tempfile.TemporaryDirectory() as folder:
-            apart(make, Path(folder), steps)
+            apart(make, Path(folder) / "dump", steps)
             print(f"scope global, {steps:,} steps of {workload.LAYERS} × {workload.SLOTS}")
-            compare(Path(folder), args.repeat)
+            look(Path(folder) / "dump")
     if args.local_steps:
         with tempfile.TemporaryDirectory() as folder:
-            apart(make_local, Path(folder), args.local_steps)
+            apart(make_local, Path(folder) / "dump", args.local_steps)
             print(f"scope local, 32 ranks, {args.local_steps:,} steps")
-            compare(Path(folder), args.repeat)
+            look(Path(folder) / "dump")
 
 
 if __name__ == "__main__":

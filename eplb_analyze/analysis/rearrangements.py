@@ -36,6 +36,8 @@ from eplb_dump.format.schema import Tier
 WINDOW = 1000
 #: The gain at first is a mean of this many steps, and it is gone when most of so many are below half of it.
 SMOOTHING = 50
+#: Steps whose loads are spread at once: so few that they stay in the processor's cache.
+AT_ONCE = 128
 BALANCEDNESS = formulas.FORMULAS["balancedness"]
 
 #: Figures in ms need the loads and times of single steps.
@@ -170,8 +172,9 @@ def _report(
     run: Run, steps: tuple[int, int] | None, window: int, cost: RunCost | None
 ) -> RearrangementReport:
     sums = RearrangementSums(run, steps, window)
-    for block in run.blocks(steps):
-        sums.add(block)
+    # The balance of the next blocks is read while the loads of one are spread.
+    for block, balancedness in run.over_blocks(sums.balancedness, steps):
+        sums.add(block, balancedness)
     return sums.report(cost)
 
 
@@ -188,12 +191,18 @@ class RearrangementSums:
         #: Of the steps of all phases; None if those added are not all.
         self._clock = StepClock() if steps is None and run.phase is None else None
 
-    def add(self, block: Block) -> None:
+    def balancedness(self, block: Block) -> formulas.Float64 | None:
+        """That of a block's complete steps, if it has any."""
+        some = block.shape is not None and len(block.recorded)
+        return BALANCEDNESS.of(self._run.terms(block)) if some else None
+
+    def add(self, block: Block, balancedness: formulas.Float64 | None) -> None:
+        """Add the next block, and its :meth:`balancedness`."""
         self._whole.add(block)
         if self._clock is not None:
             self._clock.add(block)
-        if block.shape is not None and len(block.recorded):
-            self._series.add(block.shape, block.recorded, BALANCEDNESS.of(self._run.terms(block)))
+        if block.shape is not None and balancedness is not None:
+            self._series.add(block.shape, block.recorded, balancedness)
             if block.has_loads:
                 _spread(self._run, block, self._folds, self._gains)
 
@@ -522,11 +531,13 @@ def _spread(run: Run, block: Block, folds: list[_Fold], gains: list[PlacementGai
             for layer, whole in enumerate(loads, first):
                 for gain, at in dealt:
                     gain.add(layer, whole[at - start].astype(np.int64), experts)
-                load = whole.astype(np.float64)
                 for fold, part, ratio in here:
                     way = spread_evenly(fold.old[layer], fold.new[layer], fold.shape.ep_size, experts)
-                    T = load[part.start - start : part.stop - start] @ way
-                    ratio[:, layer] = formulas.balancedness_of_layer(T, serving(fold.shape))
+                    for low in range(0, len(ratio), AT_ONCE):
+                        high = min(low + AT_ONCE, len(ratio))
+                        load = whole[part.start - start + low : part.start - start + high]
+                        T = load.astype(np.float64) @ way
+                        ratio[low:high, layer] = formulas.balancedness_of_layer(T, serving(fold.shape))
 
     # Layers are independent, so threads can share them.
     for _ in ordered_map(work, block.layer_shares()):

@@ -195,7 +195,7 @@ def _analyzed(run: Run, steps: tuple[int, int] | None) -> tuple[Summary, Rearran
     views = None if run.step_range[0] is None else _Views(run, steps)
     for block, own in one_ahead(sums.of, run.keeping_loads().blocks(steps)):
         sums.add(block, own)
-        changes.add(block)
+        changes.add(block, changes.balancedness(block))
         if views is not None:
             views.add(block)
     estimated = run.estimated(steps)
