@@ -7,6 +7,7 @@ rearrangements.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import uuid
@@ -217,7 +218,7 @@ def rows_of(
         yield row, False
     # The row of a single long run is made here: to send its sums to a worker would take half as long.
     single = len({task.target for task in parts}) == 1
-    merged = results(_merge(results(parts)), Local() if single else executor)
+    merged = results(_merge(results(parts), open_ahead=single), Local() if single else executor)
     rows: dict[Target, RunResult] = {}
     judging = results(_changes(merged, rows))
     for target, of_run in itertools.groupby(judging, key=lambda pair: pair[0].target):
@@ -230,13 +231,19 @@ def rows_of(
         yield finish(target, replace(result, row=row))
 
 
-def _merge(results: Iterator[tuple[RunTask, RunResult]]) -> Iterator[RunTask]:
-    """The tasks that make the rows of long runs, each when all parts of its run are read."""
+def _merge(results: Iterator[tuple[RunTask, RunResult]], *, open_ahead: bool = False) -> Iterator[RunTask]:
+    """The tasks that make the rows of long runs, each when all parts of its run are read.
+
+    ``open_ahead``: this process makes them, and opens the run while workers read its parts.
+    """
     for (target, opening), of_run in itertools.groupby(
         results, key=lambda pair: (pair[0].target, pair[0].opening)
     ):
         merged = RunResult()
         for _, part in of_run:
+            if open_ahead:
+                with contextlib.suppress(Exception):  # the row will state why
+                    _opened(target, opening)
             merged.merge(part)
         yield RunTask(target, opening=opening, merged=merged)
 
