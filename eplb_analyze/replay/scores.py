@@ -109,12 +109,18 @@ class Scores:
             joined.flows = np.concatenate([other.flows[:count], self.flows])
         return joined
 
-    def take(self, rows: Sequence[int], other: Scores) -> None:
-        """Take rows from others of the same steps."""
-        assert np.array_equal(self.step, other.step)
-        self._series.sums[:, rows] = other._series.sums[:, rows]
-        if self.flows is not None and other.flows is not None:
-            self.flows[rows] = other.flows[rows]
+    def take(self, shares: Sequence[tuple[Sequence[int], Scores]]) -> None:
+        """Take the rows of others of the same steps: which rows their first ones are, and they."""
+        first = shares[0][1]
+        sums = np.zeros((self.figures, len(self.ep_size), len(first.step)))
+        if first.flows is not None:
+            self.flows = np.zeros((len(self.ep_size), *first.flows.shape[1:]))
+        for rows, other in shares:
+            assert np.array_equal(other.step, first.step)
+            sums[:, rows] = other._series.sums[:, : len(rows)]
+            if self.flows is not None and other.flows is not None:
+                self.flows[rows] = other.flows[: len(rows)]
+        self._series = replace(first._series, sums=sums)
 
     def _sum(self, index: int) -> Float64:
         found: Float64 = self._series.sums[index]

@@ -10,24 +10,14 @@ import pickle
 from collections.abc import Hashable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
-from typing import NamedTuple
 
 from eplb_analyze.processes import closed_pipes_ignored, process_pool
-from eplb_analyze.replay.scores import Scores
-from eplb_analyze.replay.setting_run import SettingRun
-from eplb_analyze.replay.simulator import Simulation
+from eplb_analyze.replay.simulator import Played, Simulation
 
 #: A process gets at least so many settings, as reading a run costs as much as two or three of them.
 MIN_SETTINGS = 4
 #: And at least so many settings of layers of steps, which take about 5 seconds.
 MIN_WORK = 2_500_000
-
-
-class _Played(NamedTuple):
-    """What another process returns: the scores of its settings, and their runs."""
-
-    scores: Scores
-    setting_runs: list[SettingRun]
 
 
 def play(simulation: Simulation, recorded_steps: int, threads: int | None, processes: int) -> None:
@@ -40,28 +30,35 @@ def play(simulation: Simulation, recorded_steps: int, threads: int | None, proce
     work = len(simulation.settings) * recorded_steps * simulation.layers
     count = min(processes, len(simulation.settings) // MIN_SETTINGS, work // MIN_WORK)
     shares = _shares(simulation, count) if count > 1 else []
-    try:
-        state = pickle.dumps(simulation) if len(shares) > 1 else b""
-    except (pickle.PicklingError, AttributeError, TypeError):  # a policy that another process cannot import
-        state = b""
-    if not state:
+    if len(shares) > 1 and (states := _for_other_processes(simulation, shares[1:])):
+        _play_together(simulation, shares, states)
+    else:
         simulation.play(threads)
-        return
-    mine, *others = shares
-    with closed_pipes_ignored(), process_pool(len(others), preload=__name__) as pool:
-        playing = [pool.submit(_play, state, rows) for rows in others]
+
+
+def _for_other_processes(simulation: Simulation, shares: Sequence[Sequence[int]]) -> list[bytes]:
+    """Empty if a policy cannot be sent to another process."""
+    try:
+        return [pickle.dumps(simulation.share(rows, rest=False)) for rows in shares]
+    except (pickle.PicklingError, AttributeError, TypeError):
+        return []
+
+
+def _play_together(simulation: Simulation, shares: Sequence[Sequence[int]], states: Sequence[bytes]) -> None:
+    with closed_pipes_ignored(), process_pool(len(states), preload=__name__) as pool:
+        playing = [pool.submit(_play, state) for state in states]
         try:
-            simulation.play(1, mine)
-            for rows, future in zip(others, playing, strict=True):
+            mine = simulation.share(shares[0], rest=True)
+            mine.play(1)
+            others = []
+            for rows, state, future in zip(shares[1:], states, playing, strict=True):
                 try:
-                    played = future.result()
-                except (
-                    BrokenProcessPool
-                ):  # killed, perhaps for its memory: one after another is enough for all
-                    played = _play(state, rows)
-                simulation.take(rows, *played)
+                    others.append((rows, future.result()))
+                except BrokenProcessPool:  # one was killed, perhaps for its memory
+                    others.append((rows, _play(state)))
         finally:
             pool.shutdown(cancel_futures=True)
+    simulation.join(shares[0], mine, others)
 
 
 def _shares(simulation: Simulation, count: int) -> list[list[int]]:
@@ -77,7 +74,7 @@ def _shares(simulation: Simulation, count: int) -> list[list[int]]:
     return [sorted(row for rows in share for row in rows) for share in shares if share]
 
 
-def _play(state: bytes, rows: Sequence[int]) -> _Played:
+def _play(state: bytes) -> Played:
     simulation: Simulation = pickle.loads(state)  # noqa: S301 - from the process that started this one
-    simulation.play(1, rows, rest=False)
-    return _Played(simulation.scores, [simulation.setting_runs[row] for row in rows])
+    simulation.play(1)
+    return Played(simulation.scores, simulation.setting_runs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
@@ -144,12 +145,30 @@ class Sharing:
         copies = self._run.info.token_replication
         self.dispatches = [named(name, self.measured, copies) for name in self.names]
 
-    def start(self, num_tokens: Int64, played: Sequence[tuple[int, SettingRun]], pool: Executor) -> None:
-        """Start a block, in which settings have been played: their rows and runs."""
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, which makes its own lock when it measures."""
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def share(self, rows: Sequence[int]) -> Sharing:
+        """Of some of the settings; call it before :meth:`measure`."""
+        part = copy.copy(self)
+        part._settings = [self._settings[row] for row in rows]
+        part.names = [self.names[row] for row in rows] + self.names[len(self._settings) :]
+        part._tables, part._todays_tables = {}, {}
+        return part
+
+    def take(self, share: Sharing) -> None:
+        """Take what a share has measured."""
+        self.measured, self.batches_known = share.measured, share.batches_known
+        copies = self._run.info.token_replication
+        self.dispatches = [named(name, self.measured, copies) for name in self.names]
+
+    def start(self, num_tokens: Int64, setting_runs: Sequence[SettingRun], pool: Executor) -> None:
+        """Start a block, in which the settings have been played."""
         self.batches_known &= bool((num_tokens >= 0).all())
-        with_table = [(row, own) for row, own in played if self.dispatches[row].table is not None]
-        found = pool.map(lambda one: self._tables_of(*one), with_table)
-        self._tables = {row: tables for (row, _), tables in zip(with_table, found, strict=True)}
+        rows = [row for row in range(len(self._settings)) if self.dispatches[row].table is not None]
+        found = pool.map(lambda row: self._tables_of(row, setting_runs[row]), rows)
+        self._tables = dict(zip(rows, found, strict=True))
         self._todays_tables.clear()
 
     def _tables_of(self, row: int, own: SettingRun) -> list[tuple[Int32, Int32]]:

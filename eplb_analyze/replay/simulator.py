@@ -154,8 +154,9 @@ class Simulation:
         self.repeats = max(1, min(MAX_REPEATS, DEALS // max(1, recorded_steps * self.layers)))
         self.first_step = self.last_step = -1
         self.scored = self.left_out = self.unplaced = 0
-        #: The settings that this process plays, and whether it scores today's placements and the bounds.
-        self._rows: Sequence[int] = range(len(self.settings))
+        #: Of all settings, also those that another process plays.
+        self._all_runs = self.setting_runs
+        #: Whether today's placements and the bounds are scored, too.
         self._all_else = True
 
     def _first_known(self) -> int:
@@ -187,21 +188,53 @@ class Simulation:
                 return np.stack(whole)
         return np.stack([policies.initial(count, slots) for count in self.in_layer.tolist()])
 
-    def play(
-        self, workers: int | None = None, rows: Sequence[int] | None = None, *, rest: bool = True
+    def share(self, rows: Sequence[int], *, rest: bool) -> Simulation:
+        """Some settings, to be played apart from the others.
+
+        Args:
+            rows: the settings.
+            rest: also score today's placements and compute the bounds.
+        """
+        part = copy.copy(self)
+        part.settings = [self.settings[row] for row in rows]
+        part.setting_runs = [self.setting_runs[row] for row in rows]
+        part.sharing = self.sharing.share(rows)
+        ep_size = self.scores.ep_size.tolist()
+        part.scores = Scores(
+            [*(ep_size[row] for row in rows), *ep_size[len(self.settings) :]], self.scores.lines
+        )
+        part.recorded, part.bounds, part._all_else = RecordedFigures(), dict(self.bounds), rest
+        part._all_runs = self.setting_runs if rest else []
+        return part
+
+    def join(
+        self, rows: Sequence[int], first: Simulation, others: Sequence[tuple[Sequence[int], Played]]
     ) -> None:
+        """Take what shares have played.
+
+        Args:
+            rows: those of the first one, which has the rest, too.
+            others: the rows of each other one, and what it played.
+        """
+        rest = range(len(self.settings), len(self.scores.ep_size))
+        self.scores = Scores(self.scores.ep_size.tolist(), self.scores.lines)
+        self.scores.take([([*rows, *rest], first.scores), *((own, played.scores) for own, played in others)])
+        for own_rows, played in others:
+            for row, own in zip(own_rows, played.setting_runs, strict=True):
+                self.setting_runs[row] = own
+        self.recorded, self.bounds = first.recorded, first.bounds
+        self.sharing.take(first.sharing)
+        self.first_step, self.last_step = first.first_step, first.last_step
+        self.scored, self.left_out, self.unplaced = first.scored, first.left_out, first.unplaced
+
+    def play(self, workers: int | None = None) -> None:
         """Call it once, inside ``run.retry_without_damaged``.
 
         The result does not depend on the number of threads.
-
-        Args:
-            rows: the settings to play; the others get no figures. Default: all.
-            rest: also score today's placements and compute the bounds.
         """
-        self._rows, self._all_else = range(len(self.settings)) if rows is None else rows, rest
         self.sharing.measure(self.steps, self._with_placement)
         past = PrefixSums(self.layers, self.experts, self.steps.first)
-        runs = list(dict.fromkeys(self.setting_runs[row] for row in self._rows))
+        runs = list(dict.fromkeys(self.setting_runs))
         near = [own for own in runs if uses_sources(own.setting.policy)]
         near = [own for own in near if self.sharing.exact_sources(own.setting.ep_size)]
         sent = PrefixSums(self.layers, self.shape.ep_size * self.experts, self.steps.first) if near else None
@@ -234,32 +267,18 @@ class Simulation:
                 ]
                 for played in playing:
                     played.result()
-                self.sharing.start(
-                    loads.num_tokens, [(row, self.setting_runs[row]) for row in self._rows], pool
-                )
+                self.sharing.start(loads.num_tokens, self.setting_runs, pool)
                 for sums in (past, sent):
                     if sums is not None:
                         sums.forget(last - longest)
                 self.recorded.add(loads.measured, loads.tokens / self.shape.ep_size)
                 chosen = loads.within(np.flatnonzero(drawn(steps, self._every)))
                 if len(chosen.steps):
-                    changes = {step for own in self.setting_runs for step in own.may_change(after, steps)}
+                    changes = {step for own in self._all_runs for step in own.may_change(after, steps)}
                     self._score(chosen, sorted(changes), block.phase_names(chosen.steps), pool)
                 self.first_step = self.first_step if self.scored else int(steps[0])
                 self.last_step = last
                 self.scored += len(steps)
-
-    def take(self, rows: Sequence[int], scores: Scores, setting_runs: Sequence[SettingRun]) -> None:
-        """Take settings that another process has played.
-
-        Args:
-            rows: their rows.
-            scores: of the simulation there.
-            setting_runs: one for each row.
-        """
-        self.scores.take(rows, scores)
-        for row, own in zip(rows, setting_runs, strict=True):
-            self.setting_runs[row] = own
 
     def _utilization(self, loads: _LogicalLoads, own: SettingRun) -> Utilization:
         """How to measure a setting's utilization in steps of a block, with tokens dealt once, as measured."""
@@ -325,9 +344,9 @@ class Simulation:
         self, loads: _LogicalLoads, sources: SourceLoads | None, changes: list[int], layer: int
     ) -> _LayerScores:
         steps, load = loads.steps, loads.logical[layer]
-        every = {row: self.sharing.placements(row, self.setting_runs[row], layer) for row in self._rows}
+        every = [self.sharing.placements(row, own, layer) for row, own in enumerate(self.setting_runs)]
         if self._all_else:
-            every |= enumerate(self.sharing.todays(layer, steps), len(self.settings))
+            every += self.sharing.todays(layer, steps)
         tokens = self.sharing.tokens(np.ascontiguousarray(load.T), loads.num_tokens)
         by_source = None if sources is None else sources.take(layer, load.dtype)
         terms = np.zeros((MEAN + 1 + len(self._exchanges), len(self.scores.ep_size), len(steps)))
@@ -336,13 +355,13 @@ class Simulation:
         inverse = np.zeros(maximum.shape)
         pieces: list[Piece] = []
         # The same bits for all settings, so that as little as possible of a difference is chance.
-        draws = max(replica_draws(slots) for placements in every.values() for _, slots, _ in placements)
+        draws = max(replica_draws(slots) for placements in every for _, slots, _ in placements)
         streams = range(layer, self.repeats * self.layers, self.layers)
         deals = np.stack([random_bits(steps, stream, draws) for stream in streams])
         #: Policies often find the same placement.
         known: dict[tuple[str, int, int, int, bytes], Busiest] = {}
         edges = {*range(0, len(steps), self.bound_steps), *np.searchsorted(steps, changes).tolist()}
-        for row, placements in every.items():
+        for row, placements in enumerate(every):
             if row < len(self.settings) and self.settings[row].policy == policies.ORACLE:
                 maximum[row], inverse[row], terms[MEAN + 1 :, row] = self._oracle(load, layer, row, rates)
                 continue
@@ -388,6 +407,13 @@ class Simulation:
         ranks, copies = self.settings[row].ep_size, self.run.info.token_replication
         placed = place_each(load[:, : self.in_layer[layer]], self.setting_runs[row].slots, ranks, copies)
         return busiest_of(placed, ranks, rates, copies)
+
+
+class Played(NamedTuple):
+    """Settings that were played: their scores, and their runs."""
+
+    scores: Scores
+    setting_runs: list[SettingRun]
 
 
 class _LayerScores(NamedTuple):
