@@ -6,8 +6,10 @@ their time in handing over the interpreter lock.
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 from collections.abc import Hashable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 
@@ -30,10 +32,21 @@ def play(simulation: Simulation, recorded_steps: int, threads: int | None, proce
     work = len(simulation.settings) * recorded_steps * simulation.layers
     count = min(processes, len(simulation.settings) // MIN_SETTINGS, work // MIN_WORK)
     shares = _shares(simulation, count) if count > 1 else []
-    if len(shares) > 1 and (states := _for_other_processes(simulation, shares[1:])):
-        _play_together(simulation, shares, states)
-    else:
+    states = _for_other_processes(simulation, shares[1:])
+    pool = _pool(len(states)) if states else None
+    if pool is None:
         simulation.play(threads)
+    else:
+        with closed_pipes_ignored(), pool:
+            _play_together(simulation, shares, states, pool)
+
+
+def _pool(processes: int) -> ProcessPoolExecutor | None:
+    """None where there can be none, as in a container without shared memory for semaphores."""
+    try:
+        return process_pool(processes, preload=__name__)
+    except (ImportError, NotImplementedError, OSError):
+        return None
 
 
 def _for_other_processes(simulation: Simulation, shares: Sequence[Sequence[int]]) -> list[bytes]:
@@ -44,21 +57,37 @@ def _for_other_processes(simulation: Simulation, shares: Sequence[Sequence[int]]
         return []
 
 
-def _play_together(simulation: Simulation, shares: Sequence[Sequence[int]], states: Sequence[bytes]) -> None:
-    with closed_pipes_ignored(), process_pool(len(states), preload=__name__) as pool:
-        playing = [pool.submit(_play, state) for state in states]
-        try:
-            mine = simulation.share(shares[0], rest=True)
-            mine.play(1)
-            others = []
-            for rows, state, future in zip(shares[1:], states, playing, strict=True):
-                try:
-                    others.append((rows, future.result()))
-                except BrokenProcessPool:  # one was killed, perhaps for its memory
-                    others.append((rows, _play(state)))
-        finally:
-            pool.shutdown(cancel_futures=True)
+def _play_together(
+    simulation: Simulation,
+    shares: Sequence[Sequence[int]],
+    states: Sequence[bytes],
+    pool: ProcessPoolExecutor,
+) -> None:
+    playing = [_submitted(pool, state) for state in states]
+    try:
+        mine = simulation.share(shares[0], rest=True)
+        mine.play(1)
+        others = []
+        for rows, state, future in zip(shares[1:], states, playing, strict=True):
+            others.append((rows, _played(state, future)))
+    finally:
+        pool.shutdown(cancel_futures=True)
     simulation.join(shares[0], mine, others)
+
+
+def _submitted(pool: ProcessPoolExecutor, state: bytes) -> Future[Played] | None:
+    try:
+        return pool.submit(_play, state)
+    except (BrokenProcessPool, OSError):  # it cannot be started
+        return None
+
+
+def _played(state: bytes, future: Future[Played] | None) -> Played:
+    """What another process played; if it could not be started or was killed, played here."""
+    if future is not None:
+        with contextlib.suppress(BrokenProcessPool):
+            return future.result()
+    return _play(state)
 
 
 def _shares(simulation: Simulation, count: int) -> list[list[int]]:

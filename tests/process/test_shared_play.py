@@ -124,6 +124,15 @@ def test_settings_of_a_killed_process_are_played_here(
     assert (tmp_path / "dying_policy.died").exists()
 
 
+def test_where_no_process_can_be_started_one_plays_all(dump: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(processes: int, preload: str) -> Any:
+        raise PermissionError(13, "Permission denied")  # of /dev/shm
+
+    expected = document(replay_run(open_run(dump), choices("static")))
+    monkeypatch.setattr(shared_play, "process_pool", none)
+    assert document(replay_run(open_run(dump), choices("static"), processes=2)) == expected
+
+
 PARENT = """
 import os, time
 from eplb_analyze.processes import process_pool
