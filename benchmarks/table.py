@@ -4,7 +4,8 @@
 
 Each row is measured here and now; each peer or physical limit in the same run. What this machine cannot
 measure is a row that says so. ``--quick`` measures too little for a verdict, to try the program out.
-``--suite`` also runs the project's tests. Details go to stderr, the table to stdout.
+``--suite`` also runs the project's tests. Details and the rows of each group, once measured, go to stderr; the
+table goes to stdout at the end.
 """
 
 from __future__ import annotations
@@ -259,6 +260,7 @@ def main() -> None:
     described = machine()
     figures: list[Figure] = []
     for name in [*args.only, *(["suite"] if args.suite else [])]:
+        known = len(figures)
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as own:
             try:
                 figures += own.submit(measured, name, args.quick).result()
@@ -266,6 +268,8 @@ def main() -> None:
                 traceback.print_exc()
                 reason = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
                 figures.append(Figure(name, "", reason.rstrip(": "), "", met=False))
+        # All of it takes long: what is known so far must not be lost if it is ended.
+        print(table(figures[known:]), file=sys.stderr, flush=True)
     print(described, table(figures), sep="\n\n")
 
 
