@@ -4,8 +4,8 @@
 
 Each row is measured here and now; each peer or physical limit in the same run. What this machine cannot
 measure is a row that says so. ``--quick`` measures too little for a verdict, to try the program out.
-``--suite`` also runs the project's tests. Details and the rows of each group, once measured, go to stderr; the
-table goes to stdout at the end.
+``--suite`` also runs the project's tests. Details and the rows of each group, once measured, go to stderr;
+the table goes to stdout at the end.
 """
 
 from __future__ import annotations
