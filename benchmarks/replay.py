@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import resource
 import shlex
 import shutil
@@ -23,6 +22,7 @@ from pathlib import Path
 
 from benchmarks import workload
 from benchmarks.analyze import DECODE, apart, make, measure
+from eplb_analyze.parallel import num_cores
 
 #: For 256 experts on 32 ranks.
 INTERVALS = (3000, 2000, 1500, 1000, 750, 500, 350, 250, 2500, 1750, 1250, 850, 650, 450, 300)
@@ -37,14 +37,13 @@ def main() -> None:
     parser.add_argument("--settings", type=int, nargs="*", default=[1, 4, 16, 60])
     parser.add_argument("--dispatch", nargs="*", default=["measured"])
     parser.add_argument("--options", type=shlex.split, default=[], help="more options of `replay`")
-    cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--workers", type=int, nargs="*", default=[*dict.fromkeys((1, cores))])
+    parser.add_argument("--workers", type=int, nargs="*", default=[*dict.fromkeys((1, num_cores()))])
     parser.add_argument("--repeat", type=int, default=3)
     args = parser.parse_args()
     program = shutil.which("eplb-analyze", path=str(Path(sys.executable).parent)) or "eplb-analyze"
     with tempfile.TemporaryDirectory() as folder:
         apart(make, Path(folder), args.steps)
-        print(f"{args.steps:,} steps of {workload.LAYERS} × {workload.SLOTS}, {cores} cores")
+        print(f"{args.steps:,} steps of {workload.LAYERS} × {workload.SLOTS}, {num_cores()} cores")
         bare, peak = measure([sys.executable, "-c", DECODE, folder], args.repeat)
         print(f"  {'pyarrow: decode load':32s} {bare:6.2f} s   {peak:5.0f} MiB")
         for count in args.settings:

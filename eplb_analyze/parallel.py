@@ -28,7 +28,7 @@ class Pending(Protocol[Result_co]):
 
 def num_workers() -> int:
     """Threads that share the work of a run: numpy and Arrow release the interpreter lock."""
-    return min(_max_workers, os.cpu_count() or 1)
+    return min(_max_workers, num_cores())
 
 
 def limit_workers(threads: int) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from eplb_analyze.errors import UsageError
-from eplb_analyze.parallel import limit_workers, ordered_results
+from eplb_analyze.parallel import limit_workers, num_cores, ordered_results
 from eplb_analyze.processes import closed_pipes_ignored, process_pool
 
 Item = TypeVar("Item")
@@ -53,7 +53,7 @@ def create_executor(name: str, workers: int | None = None, ray_address: str | No
     if name == "local":
         return Local()
     if name == "processes":
-        return Processes(workers or os.cpu_count() or 1)
+        return Processes(workers or num_cores())
     if name == "ray":
         return Ray(workers, ray_address)
     raise UsageError(f"no executor {name!r}; choose one of: {', '.join(NAMES)}")

@@ -333,13 +333,13 @@ class Block:
         out: npt.NDArray[Any] | None = None
         for values, here, there in pieces:
             if out is None and len(here) == count:
-                out = values[:, _sliced(there)]  # all steps, of one writer or the first
+                out = values[:, sliced(there)]  # all steps, of one writer or the first
                 continue
             if out is None:
                 out = np.zeros((layers, count, width), np.int64)
             elif out.dtype != np.int64 or not out.flags.writeable:  # as stored: a view of the file's buffer
                 out = out.astype(np.int64)
-            out[:, _sliced(here)] += values[:, _sliced(there)]
+            out[:, sliced(here)] += values[:, sliced(there)]
         return np.zeros((layers, count, width), np.int64) if out is None else out
 
     def _shape(self) -> Shape:
@@ -552,7 +552,7 @@ class _Cursor:
         self._last = self._first + len(self._values)
 
 
-def _sliced(index: Int64) -> Int64 | slice:
+def sliced(index: Int64) -> Int64 | slice:
     """An ascending index, as a slice if it has no gap, which copies nothing."""
     first, end = (int(index[0]), int(index[-1]) + 1) if len(index) else (0, 0)
     return slice(first, end) if end - first == len(index) else index

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from eplb_analyze.errors import Finding
 from eplb_analyze.metrics.formulas import sum_type
 from eplb_analyze.parallel import ordered_map
-from eplb_analyze.reader.blocks import Block
+from eplb_analyze.reader.blocks import Block, sliced
 from eplb_analyze.reader.lost import LostRank, ranks_lost_at
 from eplb_analyze.reader.rhythm import Change, Rhythm
 from eplb_analyze.sessions.discovery import Session
@@ -482,8 +482,7 @@ def sum_between(
 
 def _add_between(out: Int64, values: Int64, there: Int64, cuts: npt.NDArray[np.intp]) -> None:
     """Add to each row of ``out`` the rows of ``values[there]`` between two cuts."""
-    start, stop = int(there[0]), int(there[-1]) + 1
-    rows = values[start:stop] if stop - start == len(there) else values[there]
+    rows = values[sliced(there)]
     kind = sum_type(rows, len(rows))
     for i, (low, high) in enumerate(itertools.pairwise(cuts)):
         if high > low:

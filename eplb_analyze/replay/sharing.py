@@ -141,9 +141,7 @@ class Sharing:
                             found.add(load[period], slots)
             if not left:
                 break
-        self.measured = found.dispatch()
-        copies = self._run.info.token_replication
-        self.dispatches = [named(name, self.measured, copies) for name in self.names]
+        self._use(found.dispatch())
 
     def __getstate__(self) -> dict[str, Any]:
         """For another process, which makes its own lock when it measures."""
@@ -159,9 +157,12 @@ class Sharing:
 
     def take(self, share: Sharing) -> None:
         """Take what a share has measured."""
-        self.measured, self.batches_known = share.measured, share.batches_known
+        self.batches_known = share.batches_known
+        self._use(share.measured)
+
+    def _use(self, measured: Dealt) -> None:
         copies = self._run.info.token_replication
-        self.dispatches = [named(name, self.measured, copies) for name in self.names]
+        self.measured, self.dispatches = measured, [named(name, measured, copies) for name in self.names]
 
     def start(self, num_tokens: Int64, setting_runs: Sequence[SettingRun], pool: Executor) -> None:
         """Start a block, in which the settings have been played."""

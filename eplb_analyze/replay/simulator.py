@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -123,14 +123,12 @@ class Simulation:
         self.in_layer = run.history.num_experts(self.experts, self.layers)
         self.settings = [setting for setting, _ in settings]
         #: Placements do not depend on the dispatch.
-        self._played: dict[Setting, SettingRun] = {}
+        played: dict[Setting, SettingRun] = {}
         for setting, policy in settings:
-            if (placed := replace(setting, dispatch=AS_MEASURED)) not in self._played:
+            if (placed := replace(setting, dispatch=AS_MEASURED)) not in played:
                 initial, nodes = self._initial_placement(setting), num_nodes(setting.ep_size)
-                self._played[placed] = SettingRun(
-                    placed, policy, initial, origin, nodes, num_groups, self.in_layer
-                )
-        self.setting_runs = [self._played[replace(s, dispatch=AS_MEASURED)] for s in self.settings]
+                played[placed] = SettingRun(placed, policy, initial, origin, nodes, num_groups, self.in_layer)
+        self.setting_runs = [played[replace(s, dispatch=AS_MEASURED)] for s in self.settings]
         self.sharing = Sharing(run, shape, self.histories, self.settings, dispatch, num_nodes)
         todays = len(self.sharing.names) - len(settings)
         #: The row of the recorded placements with the dispatch measured.
@@ -157,7 +155,7 @@ class Simulation:
         #: Of all settings, also those that another process plays.
         self._all_runs = self.setting_runs
         #: Whether today's placements and the bounds are scored, too.
-        self._all_else = True
+        self._with_rest = True
 
     def _first_known(self) -> int:
         """The first step from which the placements of all layers are known."""
@@ -203,7 +201,7 @@ class Simulation:
         part.scores = Scores(
             [*(ep_size[row] for row in rows), *ep_size[len(self.settings) :]], self.scores.lines
         )
-        part.recorded, part.bounds, part._all_else = RecordedFigures(), dict(self.bounds), rest
+        part.recorded, part.bounds, part._with_rest = RecordedFigures(), dict(self.bounds), rest
         part._all_runs = self.setting_runs if rest else []
         return part
 
@@ -345,7 +343,7 @@ class Simulation:
     ) -> _LayerScores:
         steps, load = loads.steps, loads.logical[layer]
         every = [self.sharing.placements(row, own, layer) for row, own in enumerate(self.setting_runs)]
-        if self._all_else:
+        if self._with_rest:
             every += self.sharing.todays(layer, steps)
         tokens = self.sharing.tokens(np.ascontiguousarray(load.T), loads.num_tokens)
         by_source = None if sources is None else sources.take(layer, load.dtype)
@@ -358,8 +356,8 @@ class Simulation:
         draws = max(replica_draws(slots) for placements in every for _, slots, _ in placements)
         streams = range(layer, self.repeats * self.layers, self.layers)
         deals = np.stack([random_bits(steps, stream, draws) for stream in streams])
-        #: Policies often find the same placement.
-        known: dict[tuple[str, int, int, int, bytes], Busiest] = {}
+        #: By dispatch, steps and placement, as settings often find the same one.
+        known: dict[Hashable, Busiest] = {}
         edges = {*range(0, len(steps), self.bound_steps), *np.searchsorted(steps, changes).tolist()}
         for row, placements in enumerate(every):
             if row < len(self.settings) and self.settings[row].policy == policies.ORACLE:
@@ -372,17 +370,15 @@ class Simulation:
             own = replace(tokens, by_source=by_source) if by_table else tokens
             for (_, slots, chosen), low, high in zip(placements, cuts[:-1], cuts[1:], strict=True):
                 if high > low:
-                    part, scored = slice(low, high), None
+                    part = slice(low, high)
                     if chosen is None:  # then the order of slots on a rank does not matter
                         slots = np.sort(slots.reshape(ranks, -1), axis=1).reshape(-1)  # noqa: PLW2901
-                        key = self.sharing.names[row], ranks, low, high, slots.tobytes()
-                        scored = known.get(key)
-                    if scored is None:
+                    choice = None if chosen is None else chosen.tobytes()
+                    key = self.sharing.names[row], ranks, low, high, slots.tobytes(), choice
+                    if key not in known:
                         replicas = Replicas(slots, ranks, chosen)
-                        scored = rule.busiest_rank(own.within(part), replicas, deals[:, :, part], rates)
-                        if chosen is None:
-                            known[key] = scored
-                    maximum[row, part], inverse[row, part], terms[MEAN + 1 :, row, part] = scored
+                        known[key] = rule.busiest_rank(own.within(part), replicas, deals[:, :, part], rates)
+                    maximum[row, part], inverse[row, part], terms[MEAN + 1 :, row, part] = known[key]
                     if exact and self.sharing.names[row] != LP:
                         pieces.append((row, part, slots, chosen))
             if row >= len(self.settings):
@@ -395,7 +391,7 @@ class Simulation:
             flows = locality.flows(pieces, len(maximum))
             for piece in pieces:
                 stays[:, piece[0], piece[1]] = locality.stays(piece)
-        if not self.bounds or not self._all_else:
+        if not self.bounds or not self._with_rest:
             return _LayerScores(terms, stays, flows, {})
         # No placement changes within a sum, so the bound of its busiest rank is one of its steps together.
         sums = np.add.reduceat(load, sorted(edges - {len(steps)}), axis=0, dtype=np.float64)
