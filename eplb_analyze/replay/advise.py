@@ -224,8 +224,7 @@ class Adviser:
         """The verdict on the chosen setting, by what it saves in the judged part."""
         gain, best = saved.share, self.played.outcomes[index].setting
         assert best is not None
-        chosen = self.judging.saved(index, judged=False)
-        sure = self.judging.is_certain(index, judged=True) and chosen is not None and chosen.share.value > 0
+        sure = self.judging.is_certain(index)
         cost, in_ms = self.played.cost, self.judging.in_ms
         what = BASES[self.played.objective]
         if not sure and not (gain.is_significant and gain.value < 0):

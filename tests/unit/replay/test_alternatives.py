@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from clocks import SteadyClock
 from helpers import cli, open_vllm_writer, open_writer
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from planted import EXPERTS, LAYERS, RANKS, SLOTS, record_engine
 
@@ -255,6 +255,10 @@ def test_figures_of_chosen_steps_are_close_to_those_of_all(
     ranks=st.sampled_from([2, 4, 8]),
 )
 @settings(max_examples=12, deadline=None)
+# Chance alone, 3.3 to 3.7 standard errors in the judged part, but nothing in the part before.
+@example(seed=567, tokens=1, ranks=2)
+@example(seed=1319, tokens=5, ranks=4)
+@example(seed=1334, tokens=1, ranks=8)
 def test_nothing_is_advised_for_uniform_routing(
     tmp_path_factory: pytest.TempPathFactory, seed: int, tokens: int, ranks: int
 ) -> None:
