@@ -29,10 +29,14 @@ class NamedDispatch:
     """A dispatch, and which replica it has a source rank choose."""
 
     rule: Dispatch
-    #: None: it does not depend on the source rank.
-    table: Table | None = None
-    #: Whether the table holds only before the first rearrangement.
-    only_at_start: bool = False
+    #: Until the first rearrangement, and from it on; None: it does not depend on the source rank.
+    at_start: Table | None = None
+    rearranged: Table | None = None
+
+    @property
+    def by_source(self) -> bool:
+        """Whether it depends on the source rank."""
+        return self.at_start is not None or self.rearranged is not None
 
 
 def _ascend(placement: Int32, num_logical_experts: int, ranks: int, num_nodes: int) -> Int32:
@@ -47,7 +51,12 @@ def _sglang_dynamic(token_replication: int) -> NamedDispatch:
     """
     if token_replication > 1:
         return NamedDispatch(ByPosition(0.0, token_replication, hashed=False))
-    return NamedDispatch(Dealt(), sources.sglang_nearest, only_at_start=True)
+    return NamedDispatch(Dealt(), at_start=sources.sglang_nearest)
+
+
+def _sglang_static(token_replication: int) -> NamedDispatch:
+    rule = Dealt(0.0, token_replication)
+    return NamedDispatch(rule, sources.sglang_static_at_start, sources.sglang_static)
 
 
 #: What each name is, given how many times the engine counts a token.
@@ -55,9 +64,9 @@ DISPATCHES: dict[str, Callable[[int], NamedDispatch]] = {
     "even": lambda copies: NamedDispatch(Even(copies)),
     "random": lambda copies: NamedDispatch(Dealt(0.0, copies)),
     "vllm": lambda copies: NamedDispatch(ByPosition(0.0, copies)),
-    "sglang-static": lambda copies: NamedDispatch(Dealt(0.0, copies), sources.sglang_static),
+    "sglang-static": _sglang_static,
     "sglang-dynamic": _sglang_dynamic,
-    "vllm-ascend": lambda copies: NamedDispatch(Dealt(0.0, copies), _ascend),
+    "vllm-ascend": lambda copies: NamedDispatch(Dealt(0.0, copies), _ascend, _ascend),
     LP: lambda copies: NamedDispatch(LeastMaximum()),
 }
 NAMES = (MEASURED, *DISPATCHES)

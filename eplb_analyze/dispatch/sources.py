@@ -47,8 +47,9 @@ def sglang_nearest(placement: Int32, num_logical_experts: int, ranks: int, num_n
 def sglang_static(placement: Int32, num_logical_experts: int, ranks: int, num_nodes: int = 1) -> Int32:
     """SGLang's table for ``static`` (0.5.23, ``compute_logical_to_rank_dispatch_physical_map``).
 
-    The nearest replica; ranks without one share the replicas out as fairly as possible, in the order of
-    Python's generator, over all layers.
+    It holds once experts are rearranged; before, :func:`sglang_static_at_start` does. The nearest replica;
+    ranks without one share the replicas out as fairly as possible, in the order of Python's generator, over
+    all layers.
 
     SGLang goes through an expert's replicas in the order of its own table. It is ascending if the placement
     came from a file or a start. After a rearrangement, the policy numbered them, which no recording states;
@@ -64,6 +65,28 @@ def sglang_static(placement: Int32, num_logical_experts: int, ranks: int, num_no
         left = np.flatnonzero(out[layer, :, expert] == ANY)
         candidates = np.flatnonzero(placement[layer] == expert).tolist()
         out[layer, left, expert] = _fair_choices(candidates, len(left), generator)
+    return out
+
+
+def sglang_static_at_start(
+    placement: Int32, num_logical_experts: int, ranks: int, num_nodes: int = 1
+) -> Int32:
+    """SGLang's table for ``static`` until the first rearrangement (0.5.23, ``init_by_mapping``).
+
+    A rank then knows of each expert that it has a near replica of only that one, and draws nothing for it. So
+    ranks draw different numbers for the others, and do not share the replicas out as fairly.
+
+    Args, returns: as for :func:`sglang_static`.
+    """
+    near = sglang_nearest(placement, num_logical_experts, ranks, num_nodes)
+    out, copies = near.copy(), _copies(placement, num_logical_experts)
+    for rank in range(ranks):
+        generator = random.Random(SGLANG_SEED)
+        for layer, expert in np.argwhere((near[:, rank] == ANY) & (copies > 1)).tolist():
+            left = np.flatnonzero(near[layer, :, expert] == ANY).tolist()
+            candidates = np.flatnonzero(placement[layer] == expert).tolist()
+            choices = _fair_choices(candidates, len(left), generator)
+            out[layer, rank, expert] = choices[left.index(rank)]
     return out
 
 

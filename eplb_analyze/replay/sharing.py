@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_analyze.dispatch.deal import ByPosition, Dealt
-from eplb_analyze.dispatch.named import LP, MEASURED, NamedDispatch, named
+from eplb_analyze.dispatch.named import LP, MEASURED, NamedDispatch, Table, named
 from eplb_analyze.dispatch.rule import Tokens
 from eplb_analyze.dispatch.sources import ANY
 from eplb_analyze.dispatch.spread import Spread
@@ -121,8 +121,8 @@ class Sharing:
         self.dispatches: list[NamedDispatch] = []
         #: By row, the placements in the current block and their tables.
         self._tables: dict[int, list[tuple[Int32, Int32]]] = {}
-        #: Of today's placements in the current block, by the step from which a layer changed.
-        self._todays_tables: dict[int, Int32] = {}
+        #: Of today's placements in the current block, by the rule and the step from which a layer changed.
+        self._todays_tables: dict[tuple[Table, int], Int32] = {}
 
     def measure(self, steps: StepRange, with_placement: Callable[[Block], Int64]) -> None:
         """Measure in the first steps how tokens are dealt; they are independent if these have no replicas."""
@@ -167,7 +167,7 @@ class Sharing:
     def start(self, num_tokens: Int64, setting_runs: Sequence[SettingRun], pool: Executor) -> None:
         """Start a block, in which the settings have been played."""
         self.batches_known &= bool((num_tokens >= 0).all())
-        rows = [row for row in range(len(self._settings)) if self.dispatches[row].table is not None]
+        rows = [row for row in range(len(self._settings)) if self.dispatches[row].by_source]
         found = pool.map(lambda row: self._tables_of(row, setting_runs[row]), rows)
         self._tables = dict(zip(rows, found, strict=True))
         self._todays_tables.clear()
@@ -178,17 +178,16 @@ class Sharing:
         known = {id(placement): table for placement, table in self._tables.get(row, [])}
         out = []
         for step, placement in own.placed:
-            if dispatch.only_at_start and step >= 0:
-                table = np.full((len(placement), ranks, self._experts), ANY, np.int32)
-            else:
-                known_table = known.get(id(placement))
-                table = self._table(row, placement, ranks) if known_table is None else known_table
+            table = known.get(id(placement))
+            if table is None:
+                choose = dispatch.at_start if step < 0 else dispatch.rearranged
+                table = self._table(choose, placement, ranks)
             out.append((placement, table))
         return out
 
-    def _table(self, row: int, placement: Int32, ranks: int) -> Int32:
-        choose = self.dispatches[row].table
-        assert choose is not None
+    def _table(self, choose: Table | None, placement: Int32, ranks: int) -> Int32:
+        if choose is None:
+            return np.full((len(placement), ranks, self._experts), ANY, np.int32)
         return choose(placement, self._experts, ranks, self._num_nodes(ranks))
 
     @property
@@ -219,19 +218,20 @@ class Sharing:
             if slots is None:
                 continue
             first, table = int(steps[period.start]), None
-            if dispatch.table is not None:
-                rearranged = dispatch.only_at_start and history.index_at(first) > 0
-                table = None if rearranged else self._todays_table(row, first)[layer]
+            choose = dispatch.rearranged if history.index_at(first) > 0 else dispatch.at_start
+            if choose is not None:
+                table = self._todays_table(choose, first)[layer]
             out.append((first, slots, table))
         return out
 
-    def _todays_table(self, row: int, step: int) -> Int32:
+    def _todays_table(self, choose: Table, step: int) -> Int32:
         """The table of the recorded placements of all layers at a step."""
+        key = choose, step
         with self._lock:
-            if step not in self._todays_tables:
+            if key not in self._todays_tables:
                 placed = [slots for history in self._histories if (slots := history.at(step)) is not None]
-                self._todays_tables[step] = self._table(row, np.stack(placed), self._shape.ep_size)
-            return self._todays_tables[step]
+                self._todays_tables[key] = self._table(choose, np.stack(placed), self._shape.ep_size)
+            return self._todays_tables[key]
 
     def exact_sources(self, ep_size: int) -> bool:
         """Whether the tokens of each source rank are known, for a setting with so many ranks."""
@@ -258,7 +258,7 @@ class Sharing:
     def notes(self) -> list[str]:
         """What the dispatches assume that the recording does not show."""
         by_name = dict(zip(self.names, self.dispatches, strict=True))
-        by_source = ", ".join(name for name, own in by_name.items() if own.table is not None)
+        by_source = ", ".join(name for name, own in by_name.items() if own.by_source)
         by_position = ", ".join(name for name, own in by_name.items() if isinstance(own.rule, ByPosition))
         notes = []
         if by_source and self.sources_unknown is not None:

@@ -366,7 +366,7 @@ class Simulation:
             cuts = [0, *np.searchsorted(steps, [step for step, _, _ in placements[1:]]).tolist(), len(steps)]
             rule, ranks = self.sharing.dispatches[row].rule, int(self.scores.ep_size[row])
             exact = self.sharing.exact_sources(ranks)
-            by_table = exact and self.sharing.dispatches[row].table is not None
+            by_table = exact and self.sharing.dispatches[row].by_source
             own = replace(tokens, by_source=by_source) if by_table else tokens
             for (_, slots, chosen), low, high in zip(placements, cuts[:-1], cuts[1:], strict=True):
                 if high > low:

@@ -72,25 +72,27 @@ def sglang(problems: list[dict[str, Any]]) -> list[Any]:
         every = padded([row for layer in range(layers) for row in candidates(problem, layer)])
         every = every.reshape(layers, problem["experts"], -1)
         topk_ids = torch.tensor(problem["topk_ids"])
-        out: dict[str, Any] = {"static": [], "nearest": [], "by_row": []}
+        out: dict[str, Any] = {"static": [], "static_at_start": [], "nearest": [], "by_row": []}
         with (
             mock.patch.object(location, "get_exec", return_value=SimpleNamespace(moe=moe)),
             mock.patch.object(location, "get_parallel", return_value=parallel),
             mock.patch("sglang.srt.elastic_ep.elastic_ep.elastic_expanded_world_enabled", return_value=False),
         ):
             for rank in range(ranks):
-                table = location.compute_logical_to_rank_dispatch_physical_map(every, ranks, slots, rank)
+                # At the start (`init_by_mapping`), a rank knows of several replicas only the nearest.
                 narrowed = location._compute_logical_to_all_physical_map(
                     torch.tensor(problem["placement"]), problem["experts"], ranks, rank
                 )
                 out["nearest"].append(narrowed.tolist())
-                static = []
-                for layer in range(layers):
-                    info = dispatch.ExpertLocationDispatchInfo(
-                        "static", table[layer], every[layer], (every[layer] >= 0).sum(dim=1), slots
-                    )
-                    static.append(dispatch.topk_ids_logical_to_physical(topk_ids, info).tolist())
-                out["static"].append(static)
+                for name, known in (("static", every), ("static_at_start", narrowed)):
+                    table = location.compute_logical_to_rank_dispatch_physical_map(known, ranks, slots, rank)
+                    static = []
+                    for layer in range(layers):
+                        info = dispatch.ExpertLocationDispatchInfo(
+                            "static", table[layer], known[layer], (known[layer] >= 0).sum(dim=1), slots
+                        )
+                        static.append(dispatch.topk_ids_logical_to_physical(topk_ids, info).tolist())
+                    out[name].append(static)
         for layer in range(layers):
             info = dispatch.ExpertLocationDispatchInfo(
                 "dynamic", None, every[layer], (every[layer] >= 0).sum(dim=1), slots, rank_invariant=True

@@ -82,13 +82,19 @@ def test_sglang_without_all_to_all_takes_the_row_of_a_token(tmp_path: Path) -> N
             assert by_position(slots, ids, np.arange(len(ids))).tolist() == found
 
 
-def test_sglang_static_sends_the_same_tokens_to_the_same_slots(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("choose", "name"),
+    [(sources.sglang_static, "static"), (sources.sglang_static_at_start, "static_at_start")],
+)
+def test_sglang_static_sends_the_same_tokens_to_the_same_slots(
+    tmp_path: Path, choose: Any, name: str
+) -> None:
     for problem, answer in answers("sglang", tmp_path):
         placed, ids = np.array(problem["placement"], np.int32), np.array(problem["topk_ids"])
         experts, ranks = problem["experts"], problem["ranks"]
-        tables = sources.sglang_static(placed, experts, ranks, problem["nodes"])
+        tables = choose(placed, experts, ranks, problem["nodes"])
         for layer, slots in enumerate(placed):
-            theirs = np.array([own[layer] for own in answer["static"]])
+            theirs = np.array([own[layer] for own in answer[name]])
             ours = tables[layer][:, ids]  # of each rank
             np.testing.assert_array_equal(ours, theirs)
             sent = [np.bincount(ids.ravel(), minlength=experts)[:, np.newaxis] for _ in range(ranks)]

@@ -73,6 +73,26 @@ def test_static_shares_distant_replicas_out_fairly(problem: tuple[Array, int, in
                 assert max(times.values()) - min(times[s] for s in copies) <= 1
 
 
+@given(placements())
+@settings(max_examples=100, deadline=None)
+def test_static_at_start_draws_only_for_experts_without_a_near_replica(
+    problem: tuple[Array, int, int, int],
+) -> None:
+    """A rank that has no near replica of any expert chooses as it does later; others skip their draws."""
+    placed, experts, ranks, nodes = problem
+    near = sources.sglang_nearest(placed, experts, ranks, nodes)
+    start = sources.sglang_static_at_start(placed, experts, ranks, nodes)
+    later = sources.sglang_static(placed, experts, ranks, nodes)
+    np.testing.assert_array_equal(start[near >= 0], near[near >= 0])
+    np.testing.assert_array_equal(start == sources.ANY, later == sources.ANY)
+    for layer, rank, expert in np.argwhere((near < 0) & (start >= 0)).tolist():
+        assert placed[layer, start[layer, rank, expert]] == expert
+    drawn = ((near < 0) & (start >= 0)).any(axis=1)
+    for rank in range(ranks):
+        if (near[:, rank] < 0)[drawn].all():
+            np.testing.assert_array_equal(start[:, rank], later[:, rank])
+
+
 @given(placements(), st.sampled_from([1, 2]))
 @settings(max_examples=100, deadline=None)
 def test_ascend_takes_the_rank_modulo_the_ranks_that_hold_the_expert(
@@ -110,7 +130,8 @@ def test_no_token_is_lost_and_none_goes_to_another_expert(
     rng, steps = np.random.default_rng(seed), 3
     by_source = [rng.integers(0, 90, (experts, steps)) for _ in range(ranks)]
     load = sum(by_source)
-    for choose in (sources.sglang_nearest, sources.sglang_static, sources.ascend):
+    sglang = sources.sglang_nearest, sources.sglang_static, sources.sglang_static_at_start
+    for choose in (*sglang, sources.ascend):
         table = (
             choose(placed, experts, ranks, nodes)
             if choose is not sources.ascend

@@ -106,16 +106,20 @@ def dump(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Drawn]:
 
 
 @pytest.mark.parametrize(
-    ("dispatch", "table"),
+    ("dispatch", "at_start", "rearranged"),
     [
-        ("sglang-static", lambda placed: sources.sglang_static(placed, EXPERTS, RANKS, NODES)),
-        ("vllm-ascend", lambda placed: sources.ascend(placed, EXPERTS, RANKS)),
-        ("random", None),
+        (
+            "sglang-static",
+            lambda placed: sources.sglang_static_at_start(placed, EXPERTS, RANKS, NODES),
+            lambda placed: sources.sglang_static(placed, EXPERTS, RANKS, NODES),
+        ),
+        ("vllm-ascend", *[lambda placed: sources.ascend(placed, EXPERTS, RANKS)] * 2),
+        ("random", None, None),
     ],
 )
 @pytest.mark.parametrize("policy", ["static", "deepseek"])
 def test_traffic_is_that_of_single_tokens(
-    dump: tuple[Path, Drawn], dispatch: str, table: Any, policy: str
+    dump: tuple[Path, Drawn], dispatch: str, at_start: Any, rearranged: Any, policy: str
 ) -> None:
     root, drawn = dump
     timing = (None, None, None) if policy == "static" else (40, 40, 40)
@@ -123,7 +127,10 @@ def test_traffic_is_that_of_single_tokens(
     assert result.placements is not None
     placements = [(max(0, step), slots) for step, slots in result.placements[0]]
     rng = np.random.default_rng(1)
-    tables = {slots.tobytes(): None if table is None else table(slots) for _, slots in placements}
+    rules = [at_start, *[rearranged] * (len(placements) - 1)]
+    tables = {
+        slots.tobytes(): rule and rule(slots) for (_, slots), rule in zip(placements, rules, strict=True)
+    }
 
     def choose(placed: Array, source: int, expert: int, slots: Array) -> int:
         own = next(each for key, each in tables.items() if placed.tobytes() in key)
@@ -134,12 +141,12 @@ def test_traffic_is_that_of_single_tokens(
 
     flows = simulate(drawn, placements, choose)
     # Of n tokens, a share has a standard error of at most 0.5 / sqrt(n).
-    tolerance = 1e-9 if table is not None else 5 * 0.5 / len(drawn.step) ** 0.5
+    tolerance = 1e-9 if at_start is not None else 5 * 0.5 / len(drawn.step) ** 0.5
     assert_close(result.outcomes[0].traffic, shares(flows), tolerance)
     assert result.scores.flows is not None
     found = result.scores.flows[result.rows[0]]
     assert found.sum() == pytest.approx(len(drawn.step))
-    assert found == pytest.approx(flows, abs=1e-6 if table is not None else 5 * (flows.max() / 2) ** 0.5)
+    assert found == pytest.approx(flows, abs=1e-6 if at_start is not None else 5 * (flows.max() / 2) ** 0.5)
 
 
 @given(seed=st.integers(0, 2**31))

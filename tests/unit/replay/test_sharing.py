@@ -99,19 +99,28 @@ def assert_figures(outcome: Outcome, expected: tuple[float, float], tolerance: f
 
 
 @pytest.mark.parametrize(
-    ("name", "table"),
+    ("name", "at_start", "rearranged"),
     [
-        ("sglang-static", lambda placed: sources.sglang_static(placed, EXPERTS, RANKS, NODES)),
-        ("vllm-ascend", lambda placed: sources.ascend(placed, EXPERTS, RANKS)),
+        (
+            "sglang-static",
+            lambda placed: sources.sglang_static_at_start(placed, EXPERTS, RANKS, NODES),
+            lambda placed: sources.sglang_static(placed, EXPERTS, RANKS, NODES),
+        ),
+        ("vllm-ascend", *[lambda placed: sources.ascend(placed, EXPERTS, RANKS)] * 2),
     ],
 )
-def test_tokens_of_each_rank_are_sent_as_its_table_says(tmp_path: Path, name: str, table: Any) -> None:
+def test_tokens_of_each_rank_are_sent_as_its_table_says(
+    tmp_path: Path, name: str, at_start: Any, rearranged: Any
+) -> None:
     result = replayed(record(tmp_path), name)
     assert (result.sources_known, result.recorded.dispatch) == (True, name)
     assert not any("assumed to come from" in note for note in result.notes)
     # Also today's placements, which change; the setting keeps the first ones.
-    for outcome, placed_at in ((result.outcomes[0], lambda step: PLACED), (result.today, placement)):
-        tables = [table(np.ascontiguousarray(placed_at(step))) for step in range(STEPS)]
+    for outcome, change in ((result.outcomes[0], STEPS), (result.today, CHANGE)):
+        tables = [
+            at_start(PLACED) if step < change else rearranged(np.ascontiguousarray(placement(step)))
+            for step in range(STEPS)
+        ]
         expected = [[by_table(tables[s][layer], s, layer) for layer in range(LAYERS)] for s in range(STEPS)]
         assert_figures(outcome, figures(expected))
 
@@ -177,7 +186,7 @@ def test_unknown_sources_are_assumed_to_be_even(tmp_path: Path) -> None:
     assert not result.sources_known
     (note,) = [note for note in result.notes if note.startswith("sglang-static: ")]
     assert "does not show which rank sent a token (scope global)" in note
-    table = sources.sglang_static(PLACED, EXPERTS, RANKS, NODES)
+    table = sources.sglang_static_at_start(PLACED, EXPERTS, RANKS, NODES)
     rng, loads = np.random.default_rng(0), []
     for _ in range(20):
         for step in range(STEPS):
