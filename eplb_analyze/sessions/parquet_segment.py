@@ -26,6 +26,7 @@ from eplb_analyze.sessions.segments import DamagedSegmentError, Parts, reading_f
 from eplb_analyze.storage import bucket
 from eplb_analyze.storage import path as places
 from eplb_analyze.storage.path import StoragePath
+from eplb_dump.format.columns import values_of
 from eplb_dump.format.journal import (
     Float32,
     Int64,
@@ -237,9 +238,9 @@ class ParquetSegment:
                 while True:
                     with reading_faults(self, "minutes", path):
                         batch = next(batches, None)
-                        rows = None if batch is None else Minutes.from_table(pa.table(batch), self.shape)
-                    if rows is None:
-                        return
+                        if batch is None:
+                            return
+                        rows = Minutes.from_table(pa.Table.from_batches([batch]), self.shape)
                     yield rows
 
     def minutes_bytes(self, columns: Sequence[str]) -> int:
@@ -284,10 +285,10 @@ class ParquetSegment:
             step_ms, device_ms = (_milliseconds(column.get(name), len(table)) for name in DURATIONS)
             return StepRows(
                 step=_steps(column["step"]),
-                time_ns=_numpy(column["time"].view(pa.int64())),
-                monotonic_ns=_numpy(column["monotonic_ns"]),
+                time_ns=values_of(column["time"]),
+                monotonic_ns=values_of(column["monotonic_ns"]),
                 status=number[status],
-                num_tokens=_filled(column["num_tokens"]),
+                num_tokens=values_of(column["num_tokens"]),
                 phase=phase.astype(np.int32),
                 step_ms=step_ms,
                 device_ms=device_ms,
@@ -300,7 +301,7 @@ class ParquetSegment:
             return self._times_of_minutes()
         with reading_faults(self, "steps", self.file_path("steps")):
             step, clock = (table.column(name).combine_chunks() for name in table.column_names)
-            return _steps(step), _numpy(clock)
+            return _steps(step), values_of(clock)
 
     def _times_of_minutes(self) -> tuple[Int64, Int64]:
         """Without steps: the first and last step of each minute that is kept, and of the segment."""
@@ -338,8 +339,8 @@ class ParquetSegment:
         numbers = self._layer_numbers()[layer : layer + count]
         if (
             rest
-            or not np.array_equal(_numpy(table.column("step").combine_chunks()), np.tile(steps, count))
-            or not np.array_equal(_numpy(table.column("layer").combine_chunks()), np.repeat(numbers, n))
+            or not np.array_equal(values_of(table.column("step").combine_chunks()), np.tile(steps, count))
+            or not np.array_equal(values_of(table.column("layer").combine_chunks()), np.repeat(numbers, n))
         ):
             raise FormatError("its rows are not ordered by layer and step")
         return count
@@ -463,16 +464,16 @@ class ParquetSegment:
             return PlacementRows(np.empty(0, np.int64), empty, empty, [])
         with reading_faults(self, "placements", self.file_path("placements")):
             lists = table.column("physical_to_logical").combine_chunks()
-            flat, offsets = _numpy(lists.values), _numpy(lists.offsets)
+            flat, offsets = values_of(lists.values), values_of(lists.offsets)
             if flat.min(initial=0) < EMPTY_SLOT or flat.max(initial=0) >= self._info.num_logical_experts:
                 raise FormatError("it holds a placement that is out of range")
             slots = [flat[a:b] for a, b in itertools.pairwise(offsets)]
-            numbers = _numpy(table.column("layer").combine_chunks())
+            numbers = values_of(table.column("layer").combine_chunks())
             index = {number: i for i, number in enumerate(self._info.moe_layers or ())}
             layers = np.array([index.get(n, -1) for n in numbers], np.int32) if index else numbers
             if layers.min(initial=0) < 0:
                 raise FormatError("it names a layer that the session does not have")
-            ep_size = _numpy(table.column("ep_size").combine_chunks())
+            ep_size = values_of(table.column("ep_size").combine_chunks())
             return PlacementRows(_steps(table.column("step").combine_chunks()), layers, ep_size, slots)
 
 
@@ -507,31 +508,19 @@ def _columns(group: Any) -> Iterator[Any]:
     return map(group.column, range(group.num_columns))
 
 
-def _numpy(array: pa.Array | pa.ChunkedArray) -> npt.NDArray[Any]:
-    values = array.to_numpy(zero_copy_only=False)
-    return np.asarray(values)
-
-
 def _steps(array: pa.Array) -> Int64:
     """Step numbers. Raises FormatError if one is impossible."""
-    steps: Int64 = _numpy(array)
+    steps: Int64 = values_of(array)
     if not 0 <= steps.min(initial=0) <= steps.max(initial=0) < MAX_NUMBER:
         raise FormatError("it holds an invalid step number")
     return steps
 
 
-def _filled(array: pa.Array) -> npt.NDArray[Any]:
-    """Numbers, -1 for null. Arrow's compute functions would take a tenth of a small command's start-up."""
-    if array.null_count == len(array):
-        return np.full(len(array), -1, np.int64)
-    return _numpy(array.fill_null(-1) if array.null_count else array)
-
-
 def _milliseconds(array: pa.Array | None, n: int) -> Float32:
     """Durations of n steps, NaN for null or if the file has no such column. Raises FormatError."""
-    if array is None or array.null_count == n:
+    if array is None:
         return unknown_ms(n)
-    values: Float32 = _numpy(array)
+    values: Float32 = values_of(array, np.nan)
     if impossible_ms(values):
         raise FormatError("it holds a duration that is negative or infinite")
     return values
@@ -539,7 +528,7 @@ def _milliseconds(array: pa.Array | None, n: int) -> Float32:
 
 def _codes(array: pa.DictionaryArray) -> tuple[npt.NDArray[np.int64], list[str]]:
     """A text column as codes into its distinct texts; -1 for null. Raises FormatError."""
-    codes = _filled(array.indices).astype(np.int64)
+    codes = values_of(array.indices).astype(np.int64)
     texts = [str(text) for text in array.dictionary.to_pylist()]
     # A damaged page header, which no checksum covers, can hide the dictionary.
     if codes.min(initial=0) < -1 or codes.max(initial=-1) >= len(texts):

@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from eplb_dump.format.columns import column as arrow_column
+from eplb_dump.format.columns import list_column, list_values, text_column, values_of
 from eplb_dump.format.journal import Int64, Loads, PlacementRows, Shape, StepRows, phase_codes
-from eplb_dump.format.lists import list_column, list_values
 from eplb_dump.format.schema import (
     MAX_NUMBER,
     MINUTES_SCHEMA,
@@ -108,16 +109,14 @@ class Minutes:
         if field.name not in self.columns:
             return pa.nulls(len(self), field.type)
         values = self.columns[field.name]
-        if field.name == "minute":
-            return pa.array(values).view(field.type)
         if field.name == "phase":
-            return pa.array(np.array([*self.phases, None], object)[values], pa.string())
+            return text_column(values, self.phases)
         if field.name in _LISTS:
             return list_column(values, field.type)
         unknown = None
         if field.nullable:
             unknown = np.isnan(values) if values.dtype.kind == "f" else values < 0
-        return pa.array(values, field.type, mask=unknown)
+        return arrow_column(values, field.type, unknown)
 
     @classmethod
     def from_table(cls, table: pa.Table, shape: Shape | None) -> Minutes:
@@ -143,12 +142,10 @@ class Minutes:
                 columns[name], phases = phase_codes(array.to_pylist())
             elif name in _LISTS:
                 columns[name] = list_values(array, width_of(name, shape), least=-1)
-            elif name == "minute":
-                columns[name] = _numbers(array.view(pa.int64()))
             elif pa.types.is_floating(array.type):
-                columns[name] = np.asarray(array.to_numpy(zero_copy_only=False), np.float64)
+                columns[name] = values_of(array, np.nan)
             else:
-                columns[name] = _numbers(array.fill_null(-1) if array.null_count else array)
+                columns[name] = _numbers(array)
         return cls(columns, phases, summed)
 
     def merged(self, changes: Int64) -> Minutes:
@@ -449,8 +446,8 @@ def _merged_slots(rows: Minutes, groups: Iterable[slice]) -> dict[str, Array]:
 
 
 def _numbers(array: pa.Array) -> Int64:
-    """Integers that are at least -1 and in the format's range. Raises FormatError."""
-    values = np.asarray(array.to_numpy(zero_copy_only=False), np.int64)
+    """Integers that are at least -1, which null is, and in the format's range. Raises FormatError."""
+    values = values_of(array).astype(np.int64, copy=False)
     if not -1 <= values.min(initial=0) <= values.max(initial=0) < MAX_NUMBER:
         raise FormatError("it holds a number that is out of range")
     return values

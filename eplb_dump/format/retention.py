@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute  # Table.take imports it when it first needs it; a fork must not meet an import
 import pyarrow.parquet as pq
 
+from eplb_dump.format.columns import column, values_of
 from eplb_dump.format.files import discard, publish, remove, temporary
 from eplb_dump.format.journal import Int64
 from eplb_dump.format.manifest import Manifest, SealedSegment, Thinned, append_manifest, rewrite_manifest
@@ -396,11 +397,11 @@ def _last_of_each_layer(placements: pa.Table) -> pa.Array:
     step, layer = _int64(placements, "step"), _int64(placements, "layer")
     order = np.lexsort((step, layer))
     ends = np.flatnonzero(np.diff(layer[order], append=-1))
-    return pa.array(np.sort(order[ends]))
+    return column(np.sort(order[ends]), pa.int64())
 
 
-def _int64(table: pa.Table, column: str) -> Int64:
-    return np.asarray(table.column(column).to_numpy(), np.int64)
+def _int64(table: pa.Table, name: str) -> Int64:
+    return values_of(table.column(name).combine_chunks()).astype(np.int64, copy=False)
 
 
 def _read_groups(

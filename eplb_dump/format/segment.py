@@ -21,9 +21,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from eplb_dump.format.columns import column, list_column, ragged_column, text_column
 from eplb_dump.format.files import discard, fsync_file, publish, remove, temporary
 from eplb_dump.format.journal import Int64, JournalSegment, Loads, PlacementRows, Shape, StepRows
-from eplb_dump.format.lists import list_column
 from eplb_dump.format.manifest import (
     ExpertSums,
     SealedFile,
@@ -95,9 +95,9 @@ def loads_table(
     rank_load = flat.reshape(count * n, ep_size, physical // ep_size).sum(axis=2, dtype=np.int64)
     return pa.Table.from_arrays(
         [
-            pa.array(np.tile(step, count)),
-            pa.array(np.repeat(np.array(layers, np.int32), n)),
-            pa.array(np.full(count * n, ep_size, np.int32)),
+            column(np.tile(step, count), pa.int64()),
+            column(np.repeat(np.array(layers, np.int32), n), pa.int32()),
+            column(np.full(count * n, ep_size, np.int32), pa.int32()),
             list_column(rank_load, schema.field("rank_load").type),
             list_column(flat, schema.field("load").type),
         ],
@@ -106,22 +106,19 @@ def loads_table(
 
 
 def steps_table(rows: StepRows, metadata: dict[bytes, bytes] | None = None) -> pa.Table:
-    labels = np.array(STATUS_LABELS, object)
-    phases = np.array([*rows.phases, None], object)
+    schema = SCHEMAS["steps"].with_metadata(metadata)
     return pa.Table.from_arrays(
         [
-            pa.array(rows.step),
-            # Not a cast, for which pyarrow.compute would be imported while sealing: a child that is forked
-            # in the middle of an import has half of the module, for ever.
-            pa.array(rows.time_ns).view(SCHEMAS["steps"].field("time").type),
-            pa.array(rows.monotonic_ns),
-            pa.array(labels[rows.status], pa.string()),
-            pa.array(rows.num_tokens, mask=rows.num_tokens < 0),
-            pa.array(phases[rows.phase], pa.string()),
-            pa.array(rows.step_ms, mask=np.isnan(rows.step_ms)),
-            pa.array(rows.device_ms, mask=np.isnan(rows.device_ms)),
+            column(rows.step, pa.int64()),
+            column(rows.time_ns, schema.field("time").type),
+            column(rows.monotonic_ns, pa.int64()),
+            text_column(rows.status, STATUS_LABELS),
+            column(rows.num_tokens, pa.int64(), rows.num_tokens < 0),
+            text_column(rows.phase, rows.phases),
+            column(rows.step_ms, pa.float32(), np.isnan(rows.step_ms)),
+            column(rows.device_ms, pa.float32(), np.isnan(rows.device_ms)),
         ],
-        schema=SCHEMAS["steps"].with_metadata(metadata),
+        schema=schema,
     )
 
 
@@ -129,10 +126,10 @@ def placements_table(rows: PlacementRows, layers: list[int], metadata: dict[byte
     schema = SCHEMAS["placements"].with_metadata(metadata)
     return pa.Table.from_arrays(
         [
-            pa.array(rows.step),
-            pa.array(np.array(layers, np.int32)[rows.layer]),
-            pa.array(rows.ep_size),
-            pa.array(rows.physical_to_logical, schema.field("physical_to_logical").type),
+            column(rows.step, pa.int64()),
+            column(np.array(layers, np.int32)[rows.layer], pa.int32()),
+            column(rows.ep_size, pa.int32()),
+            ragged_column(rows.physical_to_logical, schema.field("physical_to_logical").type),
         ],
         schema=schema,
     )

@@ -375,6 +375,14 @@ def run_child(script: str, *arguments: object, code: int = 0, timeout: float = 6
     return out
 
 
+def folder_with_pandas(root: Path) -> Path:
+    """A folder whose ``pandas`` Arrow takes for the real one as far as the import goes."""
+    folder = root / "site"
+    folder.mkdir()
+    (folder / "pandas.py").write_text("__version__ = '2.2.3'\n")
+    return folder
+
+
 def engines_python() -> str:
     """The interpreter of the environment that holds vLLM and SGLang."""
     chosen = os.environ.get("EPLB_DUMP_ENGINES_PYTHON")

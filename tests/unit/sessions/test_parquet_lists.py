@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from eplb_analyze.sessions import parquet_lists
 from eplb_analyze.sessions.parquet_lists import read_lists
 from eplb_analyze.sessions.parquet_pages import Page
-from eplb_dump.format.lists import list_column
+from eplb_dump.format.columns import list_column
 from eplb_dump.format.schema import FormatError
 from eplb_dump.format.segment import _open_parquet
 

@@ -122,7 +122,8 @@ def test_killed_writer_leaves_its_last_counts(tmp_path: Path) -> None:
         writer = open_writer(path / "dump", metrics_file=path / "eplb")
         for step in range(10):
             writer.record(step, load_of(step), map_of())
-        while 'outcome="recorded"} 10' not in (path / "eplb-m-rank00000.prom").read_text():
+        file = path / "eplb-m-rank00000.prom"  # which a thread writes
+        while not file.exists() or 'outcome="recorded"} 10' not in file.read_text():
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
     """
