@@ -17,10 +17,10 @@ import polars as pl
 from eplb_analyze.analysis.expert_windows import ExpertWindows
 from eplb_analyze.errors import DumpError
 from eplb_analyze.json_report import remembers_run
-from eplb_analyze.reader.blocks import Block
+from eplb_analyze.reader.blocks import Block, UseLayer
 from eplb_analyze.reader.completeness import Completeness
-from eplb_analyze.reader.configurations import LastConfiguration, Sums, SumsReport
-from eplb_analyze.reader.placements import Period, fold, holdings, replicas, sum_between
+from eplb_analyze.reader.configurations import LastConfiguration, LoadSums, SumsReport
+from eplb_analyze.reader.placements import fold, holdings, replicas, sums_between
 from eplb_analyze.reader.run import Run
 from eplb_analyze.text import listed, plural
 from eplb_dump.format.journal import Int32, Int64, Shape
@@ -228,7 +228,7 @@ def expert_report_of(
     )
 
 
-class ExpertSums(Sums):
+class ExpertSums(LoadSums):
     """Loads of some layers of one configuration, by logical expert, and by slot since the last change."""
 
     def __init__(
@@ -241,8 +241,8 @@ class ExpertSums(Sums):
         all_placements: bool,
     ) -> None:
         """``experts``: how many experts each layer has."""
-        super().__init__(shape)
-        self.windows, self.layers, self.experts = windows, layers, experts
+        super().__init__(shape, layers)
+        self.windows, self.experts = windows, experts
         self.all_placements = all_placements
         self.tokens = np.zeros((len(layers), run.info.num_logical_experts), np.int64)
         #: Tokens on slots of which it is not known, or not true, that they held an expert.
@@ -252,27 +252,26 @@ class ExpertSums(Sums):
         self.slot_tokens = np.zeros((len(layers), shape.num_physical_experts), np.int64)
         self._history = run.history
 
-    def _add(self, block: Block) -> None:
+    def _begin(self, block: Block) -> UseLayer:
         steps, windows = block.recorded, self.windows
         bounds = [0, *range(windows.size - windows.filled, len(steps), windows.size), len(steps)]
-        logical = self._logical(block, bounds)
+        #: Loads by logical expert between bounds: ``[bounds - 1, layers, experts]``.
+        logical = np.zeros((len(bounds) - 1, *self.tokens.shape), np.int64)
+        self._begun = steps, bounds, logical
+
+        def add(layer: int, load: npt.NDArray[Any]) -> None:
+            i = layer - self.layers.start
+            for slots, starts, sums in sums_between(load, steps, self._history.layer(layer), bounds):
+                in_window = np.searchsorted(bounds, starts, side="right") - 1
+                logical[in_window, i] += self._fold(i, sums, slots)
+
+        return add
+
+    def end(self) -> None:
+        steps, bounds, logical = self._begun
         self.tokens += logical.sum(axis=0)
         for load, (low, high) in zip(logical, itertools.pairwise(bounds), strict=True):
-            windows.add(load, int(steps[low]), int(steps[high - 1]), high - low)
-
-    def _logical(self, block: Block, bounds: list[int]) -> Int64:
-        """Loads by logical expert between bounds in the block's steps: ``[bounds - 1, layers, experts]``."""
-        out = np.zeros((len(bounds) - 1, *self.tokens.shape), np.int64)
-
-        def add(layer: int, periods: list[Period], cuts: list[int], sums: Int64) -> None:
-            i = layer - self.layers.start
-            for period, slots in periods:
-                low, high = np.searchsorted(cuts, [period.start, period.stop])
-                in_window = np.searchsorted(bounds, cuts[low:high], side="right") - 1
-                np.add.at(out[:, i], in_window, self._fold(i, sums[low:high], slots))
-
-        sum_between(block, self._history, self.layers, bounds, add)
-        return out
+            self.windows.add(load, int(steps[low]), int(steps[high - 1]), high - low)
 
     def _fold(self, i: int, load: Int64, slots: Int32 | None) -> Int64:
         """Loads ``[n, slots]`` of one layer and placement as ``[n, experts]``; the next in order of steps."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +18,7 @@ from eplb_analyze.analysis.worth import PlacementGain
 from eplb_analyze.json_report import RunReport, remembers_run
 from eplb_analyze.metrics import bootstrap, formulas
 from eplb_analyze.metrics.bootstrap import MIN_STEPS, Interval, Ratio
-from eplb_analyze.parallel import ordered_map
-from eplb_analyze.reader.blocks import Block
+from eplb_analyze.reader.blocks import Block, UseLayer
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.lost import ranks_lost_at, reduced, serving
 from eplb_analyze.reader.placements import Rearrangement, crossings, holdings, spread_evenly
@@ -188,6 +187,7 @@ class RearrangementSums:
         self._gains = [change.worth for change in self._changes if change.worth is not None]
         self._folds = [fold for change in self._changes for fold in change.folds]
         self._whole, self._series = Completeness(), _Series()
+        self._spread: _Spread | None = None
         #: Of the steps of all phases; None if those added are not all.
         self._clock = StepClock() if steps is None and run.phase is None else None
 
@@ -198,13 +198,25 @@ class RearrangementSums:
 
     def add(self, block: Block, balancedness: formulas.Float64 | None) -> None:
         """Add the next block, and its :meth:`balancedness`."""
+        block.each_layer(self.begin(block, balancedness))
+        self.end()
+
+    def begin(self, block: Block, balancedness: formulas.Float64 | None) -> list[UseLayer]:
+        """Begin to :meth:`add`: hand the result to :meth:`Block.each_layer`, then call :meth:`end`."""
         self._whole.add(block)
         if self._clock is not None:
             self._clock.add(block)
+        self._spread = None
         if block.shape is not None and balancedness is not None:
             self._series.add(block.shape, block.recorded, balancedness)
             if block.has_loads:
-                _spread(self._run, block, self._folds, self._gains)
+                self._spread = _Spread(self._run, block, self._folds, self._gains)
+        return [self._spread.add] if self._spread else []
+
+    def end(self) -> None:
+        """All layers of a block are added."""
+        if self._spread is not None:
+            self._spread.end()
 
     def report(self, cost: RunCost | None = None) -> RearrangementReport:
         """``cost``: as in :func:`rearrangement_report`."""
@@ -508,44 +520,45 @@ class _Series:
         return step[low:high][own], value[low:high][own]
 
 
-def _spread(run: Run, block: Block, folds: list[_Fold], gains: list[PlacementGain]) -> None:
-    """Add a block's steps to the folds and gains they belong to, one layer in memory at a time."""
-    steps, experts = block.recorded, run.info.num_logical_experts
-    here = []
-    for fold in folds:
-        low, high = np.searchsorted(steps, fold.steps)
-        if high > low and fold.shape == block.shape:
-            ratio = np.full((high - low, block.shape.num_moe_layers), np.nan)
-            here.append((fold, slice(low, high), ratio))
-    if not here:
-        return
-    dealt = [
-        (gain, np.searchsorted(steps, own))
-        for gain in gains
-        if len(own := gain.start(block, run.info.token_replication))
-    ]
-    start, stop = min(s.start for _, s, _ in here), max(s.stop for _, s, _ in here)
+class _Spread:
+    """Adds a block's steps to the folds and gains that they belong to, layer by layer."""
 
-    def work(share: tuple[int, int]) -> None:
-        for first, loads in block.stored_parts(steps[start:stop], *share):
-            for layer, whole in enumerate(loads, first):
-                for gain, at in dealt:
-                    gain.add(layer, whole[at - start].astype(np.int64), experts)
-                for fold, part, ratio in here:
-                    way = spread_evenly(fold.old[layer], fold.new[layer], fold.shape.ep_size, experts)
-                    for low in range(0, len(ratio), AT_ONCE):
-                        high = min(low + AT_ONCE, len(ratio))
-                        load = whole[part.start - start + low : part.start - start + high]
-                        T = load.astype(np.float64) @ way
-                        ratio[low:high, layer] = formulas.balancedness_of_layer(T, serving(fold.shape))
+    def __init__(self, run: Run, block: Block, folds: list[_Fold], gains: list[PlacementGain]) -> None:
+        assert block.shape is not None
+        steps, self._experts = block.recorded, run.info.num_logical_experts
+        #: Each with its steps in the block, and room for ``[steps, layers]``.
+        self._folds: list[tuple[_Fold, slice, formulas.Float64]] = []
+        for fold in folds:
+            low, high = np.searchsorted(steps, fold.steps)
+            if high > low and fold.shape == block.shape:
+                ratio = np.full((high - low, block.shape.num_moe_layers), np.nan)
+                self._folds.append((fold, slice(low, high), ratio))
+        self._gains = [
+            (gain, np.searchsorted(steps, own))
+            for gain in gains
+            if self._folds and len(own := gain.start(block, run.info.token_replication))
+        ]
 
-    # Layers are independent, so threads can share them.
-    for _ in ordered_map(work, block.layer_shares()):
-        pass
-    for fold, _, ratio in here:
-        active = (~np.isnan(ratio)).sum(axis=1)
-        value = np.divide(np.nansum(ratio, axis=1), active, out=np.full(len(ratio), np.nan), where=active > 0)
-        fold.values.append(value)
+    def __bool__(self) -> bool:
+        return bool(self._folds)
+
+    def add(self, layer: int, load: npt.NDArray[Any]) -> None:
+        """The loads of a layer in all complete steps of the block: integers ``[steps, slots]``."""
+        for gain, at in self._gains:
+            gain.add(layer, load[at].astype(np.int64), self._experts)
+        for fold, part, ratio in self._folds:
+            way = spread_evenly(fold.old[layer], fold.new[layer], fold.shape.ep_size, self._experts)
+            for low in range(0, len(ratio), AT_ONCE):
+                high = min(low + AT_ONCE, len(ratio))
+                T = load[part][low:high].astype(np.float64) @ way
+                ratio[low:high, layer] = formulas.balancedness_of_layer(T, serving(fold.shape))
+
+    def end(self) -> None:
+        """All layers are added."""
+        for fold, _, ratio in self._folds:
+            active = (~np.isnan(ratio)).sum(axis=1)
+            total = np.nansum(ratio, axis=1)
+            fold.values.append(np.divide(total, active, out=np.full(len(ratio), np.nan), where=active > 0))
 
 
 def _listed(ranks: tuple[int, ...]) -> str:

@@ -318,6 +318,30 @@ class Block:
             found = ordered_map(take, cursors, requests_at_once(cursors[0][0].segment.path) if cursors else 1)
             yield low, high, (piece for _, piece in found)
 
+    def each_layer(self, uses: Sequence[UseLayer], layers: range | None = None) -> None:
+        """Read the loads of the complete steps, and give those of each layer to all of ``uses``.
+
+        Args:
+            uses: called by several threads, each with other layers. An array is only valid in the call.
+            layers: by default all.
+        """
+        if not uses:
+            return
+        layers = range(self._shape().num_moe_layers) if layers is None else layers
+
+        def work(share: tuple[int, int]) -> None:
+            for first, loads in self.stored_parts(None, *share):
+                for layer, load in enumerate(loads, first):
+                    for use in uses:
+                        use(layer, load)
+
+        # Layers are independent, so threads can share them.
+        for _ in ordered_map(work, self.layer_shares(layers.start, layers.stop)):
+            pass
+
+    def stop_keeping(self) -> None:
+        """Keep no more loads, if it is a :class:`KeptBlock`: what is read from here on is not read again."""
+
     def layer_shares(self, first: int = 0, last: int | None = None) -> list[tuple[int, int]]:
         """The layers as a range for each worker, cut between row groups, which are decoded whole."""
         shape = self._shape()
@@ -328,19 +352,24 @@ class Block:
         return [(max(first, low * at_once), min(last, high * at_once)) for low, high in shares]
 
     def _sum(self, pieces: Iterable[Piece], steps: Int64 | None, layers: int, width: int) -> npt.NDArray[Any]:
-        """Pieces added up: ``[layers, len(steps), width]``, int64, or as stored if they are of one writer."""
+        """Pieces added up: ``[layers, len(steps), width]``; as stored, not a copy, if of one writer."""
         count = len(self.recorded if steps is None else steps)
         out: npt.NDArray[Any] | None = None
+        largest = 0
         for values, here, there in pieces:
+            part = values[:, sliced(there)]
             if out is None and len(here) == count:
-                out = values[:, sliced(there)]  # all steps, of one writer or the first
+                out = part  # all steps, of one writer or the first
                 continue
             if out is None:
-                out = np.zeros((layers, count, width), np.int64)
-            elif out.dtype != np.int64 or not out.flags.writeable:  # as stored: a view of the file's buffer
-                out = out.astype(np.int64)
-            out[:, sliced(here)] += values[:, sliced(there)]
-        return np.zeros((layers, count, width), np.int64) if out is None else out
+                out = np.zeros((layers, count, width), np.int32)
+            elif not largest:
+                largest, out = int(out.max(initial=0)), out.copy()
+            largest += int(part.max(initial=0))
+            if largest > np.iinfo(np.int32).max:
+                out = out.astype(np.int64, copy=False)
+            out[:, sliced(here)] += part
+        return np.zeros((layers, count, width), np.int32) if out is None else out
 
     def _shape(self) -> Shape:
         if self.shape is None:
@@ -443,7 +472,7 @@ class KeptBlock(Block):
     """A block that keeps the loads read of its complete steps, so that several consumers read them once.
 
     They take memory as long as the block: 4 bytes for each step, layer and slot, whatever the number of
-    writers.
+    writers. So the last consumer first calls :meth:`stop_keeping`.
     """
 
     def __init__(self, block: Block) -> None:
@@ -453,6 +482,9 @@ class KeptBlock(Block):
         self._kept: dict[int, npt.NDArray[Any]] = {}
         self._kept_by_rank: list[tuple[int, npt.NDArray[Any]]] | None = None
         self._terms: dict[int, Terms] = {}
+
+    def stop_keeping(self) -> None:
+        self.keeps_loads = False
 
     def matches(self, steps: Int64) -> Iterator[tuple[Segment, Int64, Int64]]:
         return self._block.matches(steps)
@@ -477,7 +509,8 @@ class KeptBlock(Block):
             unread = [*layers]
             for low, stored in self._block.stored_parts(None, unread[0], unread[-1] + 1):
                 loads = _narrow(stored)
-                self._kept |= dict(enumerate(loads, low))
+                if self.keeps_loads:
+                    self._kept |= dict(enumerate(loads, low))
                 yield low, loads
 
     def stored_rank_load_parts(
@@ -515,6 +548,8 @@ def _narrow(load: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return load.astype(np.int32, copy=False) if fits else load
 
 
+#: Called with a layer's index and its loads in the complete steps: int32 or int64 ``[steps, physical]``.
+UseLayer = Callable[[int, npt.NDArray[Any]], object]
 #: A segment's ``loads`` or ``rank_loads``, from one layer to another.
 Read = Callable[[Segment, int, int], Generator[tuple[int, npt.NDArray[Any]], None, None]]
 #: Values of a segment ``[layers, n, width]``, index into the steps asked for, index into the ``n``.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from eplb_analyze.json_report import RunReport
-from eplb_analyze.reader.blocks import Block
+from eplb_analyze.reader.blocks import Block, UseLayer
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.run import Run
 from eplb_analyze.sessions.step_range import StepRange
@@ -55,15 +55,41 @@ class Sums(ABC):
 
     def add(self, block: Block) -> None:
         """Add the next block, which has at least one complete step."""
+        self._count(block)
+        self._add(block)
+
+    def _count(self, block: Block) -> None:
         steps = block.recorded
         self.first_step = self.first_step if self.recorded else int(steps[0])
         self.last_step = int(steps[-1])
         self.recorded += len(steps)
         self.missing = block.missing
-        self._add(block)
 
     @abstractmethod
     def _add(self, block: Block) -> None: ...
+
+
+class LoadSums(Sums):
+    """Sums of loads by slot; several can share one pass over them."""
+
+    def __init__(self, shape: Shape, layers: range) -> None:
+        super().__init__(shape)
+        self.layers = layers
+
+    def begin(self, block: Block) -> UseLayer:
+        """Begin to add the next block: hand the result to :meth:`Block.each_layer`, then call :meth:`end`."""
+        self._count(block)
+        return self._begin(block)
+
+    def end(self) -> None:
+        """Called when all layers of a block are added."""
+
+    @abstractmethod
+    def _begin(self, block: Block) -> UseLayer: ...
+
+    def _add(self, block: Block) -> None:
+        block.each_layer([self._begin(block)], self.layers)
+        self.end()
 
 
 S = TypeVar("S", bound=Sums)
@@ -151,15 +177,21 @@ class LastConfiguration(Generic[S]):
         return self._configurations.seen
 
     def add(self, block: Block) -> None:
+        sums = self.sums_for(block)
+        if sums is not None:
+            sums.add(block)
+
+    def sums_for(self, block: Block) -> S | None:
+        """What the next block is to be added to; None if it has no complete step of the run."""
         number = self._configurations.number(block)
         if number is None:
-            return
+            return None
         if self.sums is None or number != self._current:
             if self.sums is not None:
                 self.earlier.append(self.sums.steps)
             assert block.shape is not None
             self.sums, self._current = self._start(block.shape), number
-        self.sums.add(block)
+        return self.sums
 
     def add_all(self, steps: tuple[int, int] | None, *, estimate: bool = False) -> None:
         """Add the blocks of the run, or of a half-open range of its steps."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ import numpy.typing as npt
 from eplb_analyze.errors import Finding
 from eplb_analyze.metrics.formulas import sum_type
 from eplb_analyze.parallel import ordered_map
-from eplb_analyze.reader.blocks import Block, sliced
+from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.lost import LostRank, ranks_lost_at
 from eplb_analyze.reader.rhythm import Change, Rhythm
 from eplb_analyze.sessions.discovery import Session
@@ -434,59 +434,35 @@ def _segment_sums(
 
 
 def _read_sums(block: Block, history: PlacementHistory) -> list[PlacedSums]:
-    assert block.shape is not None
     found: list[PlacedSums] = []
+    steps = block.recorded
 
-    def add(layer: int, periods: list[Period], cuts: list[int], sums: Int64) -> None:
-        found.extend((layer, slots, sums[cuts.index(part.start)]) for part, slots in periods)
+    def add(layer: int, load: npt.NDArray[Any]) -> None:
+        placed = sums_between(load, steps, history.layer(layer), ())
+        found.extend((layer, slots, sums[0]) for slots, _, sums in placed)
 
-    sum_between(block, history, range(block.shape.num_moe_layers), [0, len(block.recorded)], add)
+    block.each_layer([add])
     return found
 
 
-def sum_between(
-    block: Block,
-    history: PlacementHistory,
-    layers: range,
-    bounds: Sequence[int],
-    add: Callable[[int, list[Period], list[int], Int64], None],
-) -> None:
-    """Sum a block's loads by slot between bounds and changes of each layer's placement.
+def sums_between(
+    load: npt.NDArray[Any], steps: Int64, history: LayerHistory, bounds: Sequence[int]
+) -> Iterator[tuple[Int32 | None, list[int], Int64]]:
+    """Sum a layer's loads between bounds and changes of its placement, in order of steps.
 
     Args:
-        bounds: indices into the block's complete steps, from 0 to their number.
-        add: called once for each layer, from several threads, with the layer, the periods of its
-            placements, the cuts (the bounds and the starts of periods), and the tokens between two cuts,
-            int64 ``[cuts - 1, slots]``.
+        load: integers ``[len(steps), slots]``.
+        history: of the layer.
+        bounds: ascending indices into the steps.
 
-    Raises DamagedSegmentError.
+    Yields ``(placement or None, starts, sums)`` of each placement period: where each sum starts in the steps,
+    and tokens, int64 ``[len(starts), slots]``.
     """
-    assert block.shape is not None
-    slots = block.shape.num_physical_experts
-
-    def work(share: tuple[int, int]) -> None:
-        for first, last, pieces in block.pieces(None, *share):
-            periods = [list(history.layer(i).periods(block.recorded)) for i in range(first, last)]
-            cuts = [sorted({*bounds, *(part.start for part, _ in found)}) for found in periods]
-            sums = [np.zeros((len(edges) - 1, slots), np.int64) for edges in cuts]
-            for values, here, there in pieces:
-                for load, total, edges in zip(values, sums, cuts, strict=True):
-                    _add_between(total, load, there, np.searchsorted(here, edges))
-            for i, layer in enumerate(range(first, last)):
-                add(layer, periods[i], cuts[i], sums[i])
-
-    # Layers are independent, so threads can share them.
-    for _ in ordered_map(work, block.layer_shares(layers.start, layers.stop)):
-        pass
-
-
-def _add_between(out: Int64, values: Int64, there: Int64, cuts: npt.NDArray[np.intp]) -> None:
-    """Add to each row of ``out`` the rows of ``values[there]`` between two cuts."""
-    rows = values[sliced(there)]
-    kind = sum_type(rows, len(rows))
-    for i, (low, high) in enumerate(itertools.pairwise(cuts)):
-        if high > low:
-            out[i] += rows[low:high].sum(axis=0, dtype=kind)
+    kind = sum_type(load, len(load))
+    for period, slots in history.periods(steps):
+        edges = [period.start, *(at for at in bounds if period.start < at < period.stop), period.stop]
+        parts = [load[low:high].sum(axis=0, dtype=kind) for low, high in itertools.pairwise(edges)]
+        yield slots, edges[:-1], np.array(parts, np.int64)
 
 
 def _cut(sums: ExpertSums, steps: Int64, history: PlacementHistory) -> list[PlacedSums] | None:

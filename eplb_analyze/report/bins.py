@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from eplb_analyze.reader.blocks import Block
-from eplb_analyze.reader.configurations import Sums
+from eplb_analyze.reader.blocks import Block, UseLayer
+from eplb_analyze.reader.configurations import LoadSums
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.lost import lost_in
-from eplb_analyze.reader.placements import LayerHistory, Period, fold, sum_between
+from eplb_analyze.reader.placements import LayerHistory, fold, sums_between
 from eplb_analyze.reader.run import Run
 from eplb_dump.format.journal import Int32, Int64, Shape
 
@@ -47,7 +47,7 @@ def bins_that_fit(run: Run) -> int:
     return next((bins for bins in range(MAX_BINS, 1, -1) if size(bins) <= MAX_BYTES), 1)
 
 
-class LoadBins(Sums):
+class LoadBins(LoadSums):
     """Of one configuration, by bins of time: loads by slot, and what else a page needs of them.
 
     Attributes:
@@ -59,7 +59,7 @@ class LoadBins(Sums):
     """
 
     def __init__(self, run: Run, shape: Shape, edges: Int64) -> None:
-        super().__init__(shape)
+        super().__init__(shape, range(shape.num_moe_layers))
         count, layers = len(edges) - 1, shape.num_moe_layers
         self.edges = edges
         self.slots: Int64 = np.zeros((count, layers, shape.num_physical_experts), np.int64)
@@ -85,7 +85,7 @@ class LoadBins(Sums):
         slots = self._history.layer(layer).at(int(self.edges[b + 1]) - 1)
         return slots if slots is not None and len(slots) == self.shape.num_physical_experts else None
 
-    def _add(self, block: Block) -> None:
+    def _begin(self, block: Block) -> UseLayer:
         steps = block.recorded
         bins = self._bin(steps)
         self.recorded_steps += np.bincount(bins, minlength=len(self.recorded_steps))
@@ -96,17 +96,15 @@ class LoadBins(Sums):
 
         starts = np.flatnonzero(np.diff(bins, prepend=-1)).tolist()
 
-        def add(layer: int, periods: list[Period], cuts: list[int], sums: Int64) -> None:
-            for start, load in zip(cuts, sums, strict=False):
-                b = int(bins[start])
-                self.slots[b, layer] += load
-                apart = self.experts.get((b, layer))
-                slots = next(slots for part, slots in periods if part.start <= start < part.stop)
-                if apart is not None and slots is not None and len(slots) == len(load):
-                    apart += fold(load, slots, len(apart))
+        def add(layer: int, load: npt.NDArray[Any]) -> None:
+            for slots, begins, sums in sums_between(load, steps, self._history.layer(layer), starts):
+                self.slots[bins[begins], layer] += sums
+                for b, tokens in zip(bins[begins].tolist(), sums, strict=True):
+                    apart = self.experts.get((b, layer))
+                    if apart is not None and slots is not None and len(slots) == len(tokens):
+                        apart += fold(tokens, slots, len(apart))
 
-        layers = range(self.shape.num_moe_layers)
-        sum_between(block, self._history, layers, [*starts, len(steps)], add)
+        return add
 
     def packed(self, run: Run) -> dict[str, Any]:
         """For the page's script (``assets/loads.js``), which says what each member is."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from eplb_analyze.analysis.timeline import TimelineSums
 from eplb_analyze.errors import DumpError, Finding
 from eplb_analyze.json_report import as_json
 from eplb_analyze.parallel import one_ahead
-from eplb_analyze.reader.blocks import Block
+from eplb_analyze.reader.blocks import Block, UseLayer
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.configurations import LastConfiguration
 from eplb_analyze.reader.join import StepState
@@ -178,9 +178,14 @@ class _Views:
         self.experts = expert_sums(with_loads)
         self.ranks = LastConfiguration(run, lambda shape: RankSums(run, shape))
 
-    def add(self, block: Block) -> None:
-        for one in (self.timeline, self.bins, self.experts, self.ranks):
-            one.add(block)
+    def add(self, block: Block, uses: Sequence[UseLayer] = ()) -> None:
+        """Add the next block; ``uses``: what else needs its loads, which are read once."""
+        self.timeline.add(block)
+        self.ranks.add(block)
+        sums = [one for one in (self.bins.sums_for(block), self.experts.sums_for(block)) if one is not None]
+        block.each_layer([*uses, *(one.begin(block) for one in sums)])
+        for one in sums:
+            one.end()
 
 
 def _analyzed(run: Run, steps: tuple[int, int] | None) -> tuple[Summary, RearrangementReport, _Views | None]:
@@ -195,9 +200,11 @@ def _analyzed(run: Run, steps: tuple[int, int] | None) -> tuple[Summary, Rearran
     views = None if run.step_range[0] is None else _Views(run, steps)
     for block, own in one_ahead(sums.of, run.keeping_loads().blocks(steps)):
         sums.add(block, own)
-        changes.add(block, changes.balancedness(block))
+        block.stop_keeping()
+        uses = changes.begin(block, changes.balancedness(block))
         if views is not None:
-            views.add(block)
+            views.add(block, uses)
+        changes.end()
     estimated = run.estimated(steps)
     if views is not None and estimated is not run:
         views = _Views(estimated, steps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from eplb_analyze.analysis.layer import layer_report
 from eplb_analyze.analysis.summary import summarize
 from eplb_analyze.metrics.formulas import FORMULAS
 from eplb_analyze.sessions import discovery
+from eplb_analyze.sessions.parquet_segment import ParquetSegment
 from eplb_dump import ExpertLoadWriter
 from eplb_dump.format import segment
 from eplb_dump.format.session import SessionInfo
@@ -570,6 +572,37 @@ def test_random_runs_are_read_back_exactly(
     if len(kept):
         found = np.array(frame["load"].to_list()).reshape(len(kept), layers, slots)
         np.testing.assert_array_equal(found, local[kept].sum(axis=1))
+
+
+def test_kept_block_reads_loads_once_until_it_stops_keeping(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    truth = np.random.default_rng(0).poisson(90, (30, 3, 8))
+    with ExpertLoadWriter(tmp_path, model="m", num_logical_experts=8, ep_size=2, scope="global") as writer:
+        for step, load in enumerate(truth):
+            writer.record(step, load, np.tile(np.arange(8), (3, 1)))
+    reads: list[int] = []
+    original = ParquetSegment.loads
+
+    def counted(segment: ParquetSegment, first: int, last: int) -> Any:
+        for layer, values in original(segment, first, last):
+            reads.append(layer)
+            yield layer, values
+
+    def put(found: Any, layer: int, load: Any) -> None:
+        found[:, layer] = load
+
+    monkeypatch.setattr(ParquetSegment, "loads", counted)
+    for kept, expected in ((True, 1), (False, 2)):
+        (block,) = open_run(tmp_path).keeping_loads().blocks()
+        if not kept:
+            block.stop_keeping()
+        reads.clear()
+        for _ in range(2):
+            found = np.zeros_like(truth)
+            block.each_layer([functools.partial(put, found)])
+            np.testing.assert_array_equal(found, truth)
+        assert {reads.count(layer) for layer in reads} == {expected}
 
 
 @pytest.mark.skipif(not ROUTING.exists(), reason="the recorded routing is not beside this checkout")
