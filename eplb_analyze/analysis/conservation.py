@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -70,9 +70,7 @@ class Conservation:
         late = [steps for active, steps in self._partly if (self._active & ~active).any()]
         unequal = np.concatenate([np.empty(0, np.int64), *self._unequal, *late])
         if len(unequal):
-            text = (
-                f"layers got different numbers of tokens in {steps_text(unequal.tolist())}; each step's sum "
-            )
+            text = f"layers got different numbers of tokens in {steps_text(unequal)}; each step's sum "
             text += "over slots is tokens × top-k and the same for all layers of a model"
             yield Finding("error", "conservation", text)
         silent = np.flatnonzero(~self._active & self._active.any())
@@ -152,9 +150,7 @@ def _token_findings(stated: Int64) -> Iterator[Finding]:
         return
     some = tokens > 0
     if not some.any():
-        yield Finding(
-            "error", "num_tokens", f"tokens although num_tokens is 0, in {steps_text(steps.tolist())}"
-        )
+        yield Finding("error", "num_tokens", f"tokens although num_tokens is 0, in {steps_text(steps)}")
         return
     each, of = _constant(tokens, load)
     expected = load * of == tokens * each
@@ -172,11 +168,10 @@ def _token_findings(stated: Int64) -> Iterator[Finding]:
         parts = [f"too many in {more:,} (is padding counted?)"] * bool(more)
         parts += [f"too few in {len(odd) - more:,} (were tokens lost?)"] * bool(len(odd) - more)
         times = f"{each / of:g}"
-        text = f"load is not num_tokens × {times} in {steps_text(odd.tolist())}: {', '.join(parts)}"
+        text = f"load is not num_tokens × {times} in {steps_text(odd)}: {', '.join(parts)}"
     yield Finding("error", "num_tokens", text)
 
 
-def steps_text(steps: Sequence[int]) -> str:
-    unique = set(steps)
-    first = min(unique)
-    return f"{len(unique):,} steps, starting at step {first}" if len(unique) > 1 else f"step {first}"
+def steps_text(steps: npt.ArrayLike) -> str:
+    unique = np.unique(steps)
+    return f"{len(unique):,} steps, starting at step {unique[0]}" if len(unique) > 1 else f"step {unique[0]}"

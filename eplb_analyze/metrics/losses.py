@@ -128,7 +128,8 @@ class Losses:
         self._add(dict(enumerate(flat.reshape(count, layers, ranks), first)))
 
     def _add(self, by_bin: dict[int, Float64]) -> None:
-        vars(self).pop("_excess", None)
+        for name in ("_excess", "total"):
+            vars(self).pop(name, None)
         for number, excess in by_bin.items():
             own = self._by_bin.get(number)
             # Not in place: arrays from another process may be read-only.
@@ -180,7 +181,7 @@ class Losses:
             self._longest = max(self._longest, window.steps)
         self._open = both if len(both) < 2 else [both[0], both[-1]]
 
-    @property
+    @cached_property
     def total(self) -> float:
         return float(self._excess.sum())
 

@@ -157,9 +157,7 @@ class PlacementHistory:
         the highest that one of its placements holds. The layers with the most have all of the model's, and so
         has a layer without a known placement.
         """
-        highest = {
-            i: max(int(slots.max(initial=-1)) for slots in h.slots) for i, h in self.layers.items() if h.slots
-        }
+        highest = {i: int(np.concatenate(h.slots).max(initial=-1)) for i, h in self.layers.items() if h.slots}
         most = max(highest.values(), default=-1)
         counts = [
             highest[i] + 1 if -1 < highest.get(i, most) < most else num_logical_experts for i in range(layers)
