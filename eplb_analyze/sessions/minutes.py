@@ -14,7 +14,7 @@ import numpy as np
 from eplb_analyze.sessions.parquet_segment import NO_TURN, ROWS_BYTES, ParquetSegment
 from eplb_analyze.sessions.segments import Segment, layers_at_once, reading_faults
 from eplb_dump.format.journal import Int64, Shape
-from eplb_dump.format.minutes import NO_CUTS, Minutes, MinutesBuilder
+from eplb_dump.format.minutes import NO_CUTS, Minutes, MinutesBuilder, rank_loads
 from eplb_dump.format.schema import Scope
 from eplb_dump.format.session import SessionInfo
 
@@ -80,7 +80,7 @@ def added_up(segment: Segment, info: SessionInfo, cuts: Int64 = NO_CUTS, *, by_s
             for layer, values in read(first, min(first + at_once, shape.num_moe_layers)):
                 for index, load in enumerate(values, layer):
                     if index == done:
-                        builder.add(index, load)
+                        builder.add(index, load, rank_loads(load, shape.ep_size))
                         done += 1
     rows = builder.finish()
     if by_slot:

@@ -198,6 +198,23 @@ def top_slots(shape: Shape) -> int:
     return min(TOP_SLOTS, shape.num_physical_experts)
 
 
+def rank_loads(load: Loads, ep_size: int) -> Int64:
+    """The sum over each EP rank's slots, of loads ``[..., num_physical_experts]``."""
+    # Over few slots, einsum is three times as fast as sum.
+    slots = load.reshape(*load.shape[:-1], ep_size, load.shape[-1] // ep_size)
+    ranks: Int64 = np.einsum("...s->...", slots, dtype=np.int64)
+    return ranks
+
+
+def sums_from(load: Loads, starts: Int64) -> Int64:
+    """The sums over the steps from each start to the next: ``[len(starts), num_physical_experts]``.
+
+    ``load``: one layer's ``[n, num_physical_experts]``.
+    """
+    # Three times as fast as reduceat, which casts value by value.
+    return np.stack([part.sum(axis=0, dtype=np.int64) for part in np.split(load, starts[1:])])
+
+
 NO_CUTS: Int64 = np.empty(0, np.int64)
 
 
@@ -264,20 +281,23 @@ class MinutesBuilder:
             }
             self._rank_total, self._rank_highest = (np.zeros((n, ranks), np.int64) for _ in range(2))
 
-    def add(self, layer: int, load: Loads) -> None:
-        """``load``: one layer's ``[len(load_steps), num_physical_experts]``."""
+    def add(self, layer: int, load: Loads, ranks: Int64) -> None:
+        """Add a layer.
+
+        Args:
+            load: its ``[len(load_steps), num_physical_experts]``.
+            ranks: what :func:`rank_loads` makes of it.
+        """
         shape = self._shape
         assert shape is not None
         if not len(load):
             return
-        # Over few slots, einsum is four times as fast as sum.
-        ranks = np.einsum("nrs->nr", load.reshape(len(load), shape.ep_size, -1), dtype=np.int64)
         columns = self._columns
         highest = ranks.max(axis=1)
         active = highest > 0
         columns["active_steps"][self._present, layer] = self._sums(active.astype(np.int32))
         columns["rank_load"][self._present, layer] = self._sums(ranks)
-        slots = self._sums(load, np.int64)
+        slots = sums_from(self._ordered(load), self._starts)
         top = columns["slot"].shape[2]
         best = np.argsort(-slots, axis=1, kind="stable")[:, :top]
         tokens = np.take_along_axis(slots, best, axis=1)
@@ -304,11 +324,13 @@ class MinutesBuilder:
         self._rank_total += ranks
         np.maximum(self._rank_highest, ranks, out=self._rank_highest)
 
-    def _sums(self, values: Array, dtype: type[np.int64] | None = None) -> Array:
+    def _sums(self, values: Array) -> Array:
         """Values ``[len(load_steps), ...]`` summed over the steps of each group that has any."""
-        ordered = values if self._in_order else values[self._order]
-        sums: Array = np.add.reduceat(ordered, self._starts, axis=0, dtype=dtype)
+        sums: Array = np.add.reduceat(self._ordered(values), self._starts, axis=0)
         return sums
+
+    def _ordered(self, values: Array) -> Array:
+        return values if self._in_order else values[self._order]
 
     def finish(self) -> Minutes:
         steps, groups = self._steps, self._keys.shape[1]

@@ -30,7 +30,7 @@ from eplb_dump.format.manifest import (
     SealedSegment,
     append_manifest,
 )
-from eplb_dump.format.minutes import MinutesBuilder
+from eplb_dump.format.minutes import MinutesBuilder, rank_loads, sums_from
 from eplb_dump.format.notable import Notable
 from eplb_dump.format.schema import (
     METADATA_KEY,
@@ -86,20 +86,23 @@ def loads_schema(dtype: npt.DTypeLike) -> pa.Schema:
 
 
 def loads_table(
-    layers: list[int], step: Int64, load: Loads, ep_size: int, metadata: dict[bytes, bytes] | None = None
+    layers: list[int], step: Int64, load: Loads, ranks: Int64, metadata: dict[bytes, bytes] | None = None
 ) -> pa.Table:
-    """Rows of the ``loads`` table: ``load [len(layers), len(step), num_physical]``."""
+    """Rows of the ``loads`` table.
+
+    Args:
+        load: ``[len(layers), len(step), num_physical]``.
+        ranks: what :func:`~eplb_dump.format.minutes.rank_loads` makes of it.
+    """
     schema = loads_schema(load.dtype).with_metadata(metadata)
-    count, n, physical = load.shape
-    flat = load.reshape(count * n, physical)
-    rank_load = flat.reshape(count * n, ep_size, physical // ep_size).sum(axis=2, dtype=np.int64)
+    count, n, ep_size = ranks.shape
     return pa.Table.from_arrays(
         [
             column(np.tile(step, count), pa.int64()),
             column(np.repeat(np.array(layers, np.int32), n), pa.int32()),
             column(np.full(count * n, ep_size, np.int32), pa.int32()),
-            list_column(rank_load, schema.field("rank_load").type),
-            list_column(flat, schema.field("load").type),
+            list_column(ranks.reshape(count * n, -1), schema.field("rank_load").type),
+            list_column(load.reshape(count * n, -1), schema.field("load").type),
         ],
         schema=schema,
     )
@@ -276,10 +279,11 @@ def _write_files(folder: Path, content: Content, notable: Notable) -> SealedSegm
             for first in range(0, shape.num_moe_layers, group):
                 last = min(first + group, shape.num_moe_layers)
                 load = content.read_layers(first, last)
-                for layer in range(first, last):
-                    builder.add(layer, load[layer - first])
-                    minutes.add(layer, load[layer - first])
-                yield loads_table(layers[first:last], content.load_steps, load, shape.ep_size, metadata)
+                ranks = rank_loads(load, shape.ep_size)
+                for layer, of_slots, of_ranks in zip(range(first, last), load, ranks, strict=True):
+                    builder.add(layer, of_slots)
+                    minutes.add(layer, of_slots, of_ranks)
+                yield loads_table(layers[first:last], content.load_steps, load, ranks, metadata)
 
         tables.write("loads", load_parts, n * shape.num_moe_layers, loads_schema(content.load_type))
         sums = builder.sums(tables.files["loads"].bytes)
@@ -313,9 +317,7 @@ class _SumBuilder:
         edges = np.unique([0, *np.searchsorted(self._steps, changed)])
         edges = edges[edges < len(self._steps)]
         self._rows += [(layer, int(self._steps[edge])) for edge in edges]
-        # Four times as fast as reduceat, which casts value by value.
-        parts = np.split(load, edges[1:])
-        self._loads.append(np.stack([part.sum(axis=0, dtype=np.int64) for part in parts]))
+        self._loads.append(sums_from(load, edges))
 
     def sums(self, load_bytes: int) -> ExpertSums | None:
         """None if they are large: after so many placement changes, reading the loads is as fast."""

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from reference import per_step
 
 from eplb_dump.format.journal import Int64, PlacementRows, Shape, StepRows
-from eplb_dump.format.minutes import BINS, FORMULAS, MINUTE_NS, SCALES, Minutes, MinutesBuilder
+from eplb_dump.format.minutes import BINS, FORMULAS, MINUTE_NS, SCALES, Minutes, MinutesBuilder, rank_loads
 from eplb_dump.format.schema import MINUTES_SCHEMA, FormatError, Status
 
 L, R, SLOTS = 3, 2, 4
@@ -34,7 +34,8 @@ def built(rows: StepRows, load: Int64, changes: list[int], *, summed: bool) -> M
     recorded = rows.step[rows.status == Status.RECORDED]
     builder = MinutesBuilder(rows, placements_at(changes), recorded, SHAPE, summed=summed)
     for layer in range(L):
-        builder.add(layer, load[:, layer].astype(np.int32))
+        own = load[:, layer].astype(np.int32)
+        builder.add(layer, own, rank_loads(own, R))
     return builder.finish()
 
 
