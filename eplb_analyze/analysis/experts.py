@@ -7,12 +7,12 @@ folded to logical experts: so a long run costs little more than decoding it.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import polars as pl
 
 from eplb_analyze.analysis.expert_windows import ExpertWindows
 from eplb_analyze.errors import DumpError
@@ -25,6 +25,9 @@ from eplb_analyze.reader.run import Run
 from eplb_analyze.text import listed, plural
 from eplb_dump.format.journal import Int32, Int64, Shape
 from eplb_dump.format.schema import EMPTY_SLOT, Tier
+
+if TYPE_CHECKING:  # `report` shows no frame
+    import polars as pl
 
 WINDOW, HOT_FACTOR = 100, 2.0
 #: An expert that is hot in this share of the windows is always hot.
@@ -66,21 +69,33 @@ class ExpertReport(SumsReport):
     hot_set: int
     chance_overlap: float
     drift: list[Overlap]
-    experts: pl.DataFrame
+    #: The columns of ``experts``; -1 and NaN where it has null.
+    columns: dict[str, npt.NDArray[Any]] = field(repr=False)
     notes: list[str]
+
+    @cached_property
+    def experts(self) -> pl.DataFrame:
+        """Logical experts."""
+        import polars as pl
+
+        return pl.DataFrame(self.columns).with_columns(
+            pl.col("first_hot_step", "last_hot_step").replace(-1, None),
+            pl.col("burstiness", "due_replicas", "placement_times_mean", "worst_replica").fill_nan(None),
+        )
 
     @property
     def counts(self) -> dict[str, int]:
         """How many experts have each verdict and flag."""
-        frame = self.experts
-        verdicts = {v: int((frame["verdict"] == v).sum()) for v in ("always", "bursts", "never")}
+        columns = self.columns
+        verdicts = {v: int((columns["verdict"] == v).sum()) for v in ("always", "bursts", "never")}
         flags = ("cold", "dead", "under_replicated", "over_replicated", "replicas_on_one_rank")
-        return {"experts": len(frame), **verdicts, **{flag: int(frame[flag].sum()) for flag in flags}}
+        rows = {"experts": len(columns["logical"])}
+        return {**rows, **verdicts, **{flag: int(columns[flag].sum()) for flag in flags}}
 
     @property
     def hot(self) -> pl.DataFrame:
         """Those that are hot in some window, the hottest first."""
-        return self.experts.filter(pl.col("verdict") != "never").sort(
+        return self.experts.filter(self.experts["verdict"] != "never").sort(
             "times_mean", "layer", "logical", descending=[True, False, False]
         )
 
@@ -89,9 +104,9 @@ class ExpertReport(SumsReport):
         """Those that are cold over all steps, dead ones included, the coldest first."""
         return self.experts.filter("cold").sort("times_mean", "layer", "logical")
 
-    def to_json(self, *, hot: bool = True, cold: bool = True) -> dict[str, Any]:
-        """All experts, or only the hot or cold ones."""
-        shown = self.experts if hot == cold else self.hot if hot else self.cold
+    def to_json(self, *, hot: bool = True, cold: bool = True, rows: bool = True) -> dict[str, Any]:
+        """All experts, or only the hot or cold ones; or none, without ``rows``."""
+        shown: Any = [] if not rows else self.experts if hot == cold else self.hot if hot else self.cold
         drift = {"hot_set": self.hot_set, "chance_overlap": self.chance_overlap, "lags": self.drift}
         return self.document(
             {
@@ -186,14 +201,14 @@ def expert_report_of(
         raise DumpError(
             f"{run.path}: no placement is known in these steps, so loads cannot be assigned to experts"
         )
-    experts = sums.frame(run)
+    columns = sums.columns(run)
     unknown = run.count(sums.unknown.sum())
     if unknown:
         notes.append(f"{unknown:,} tokens went to slots without a known expert; no figure includes them")
     if without:
         notes.append(f"{plural(len(without), 'layer')} without a placement left out: {listed(without)}")
     tokens = float(sums.tokens.sum()) / run.info.token_replication
-    per_window = tokens / max(1, len(experts) * sums.recorded / min(windows.size, sums.recorded))
+    per_window = tokens / max(1, len(columns["logical"]) * sums.recorded / min(windows.size, sums.recorded))
     if 0 < per_window < FEW_TOKENS:
         notes.append(
             f"an expert has {per_window:.1f} tokens in a window on average, so a burst may be random; "
@@ -223,7 +238,7 @@ def expert_report_of(
         hot_set=max(windows.hot_set(n) for n in counts),
         chance_overlap=chance[0] if len({*counts}) == 1 else sum(chance) / len(chance),
         drift=[Overlap(lag, total / pairs, pairs) for lag, (total, pairs) in windows.drift.items() if pairs],
-        experts=experts,
+        columns=columns,
         notes=notes,
     )
 
@@ -300,8 +315,8 @@ class ExpertSums(LoadSums):
         changed = self.slot_tokens.sum(axis=1) < self.tokens.sum(axis=1)
         return bool((changed & (means < FEW_TOKENS)).any())
 
-    def frame(self, run: Run) -> pl.DataFrame:
-        """A row a layer whose placement is known and logical expert."""
+    def columns(self, run: Run) -> dict[str, npt.NDArray[Any]]:
+        """Those of :class:`ExpertReport`: a row a layer whose placement is known and logical expert."""
         windows, logical = self.windows, self.tokens.shape[1]
         known = [i for i, slots in enumerate(self.placed) if slots is not None]
         tokens, experts = self.tokens[known], self.experts[known, np.newaxis]
@@ -343,12 +358,8 @@ class ExpertSums(LoadSums):
             "dead": (total > 0) & (tokens == 0),
             **{name: np.array([columns[name] for columns in now]) for name in now[0]},
         }
-        frame = pl.DataFrame({name: values.reshape(-1) for name, values in columns.items()})
-        exists = np.arange(logical) < experts
-        return frame.filter(exists.reshape(-1)).with_columns(
-            pl.col("first_hot_step", "last_hot_step").replace(-1, None),
-            pl.col("burstiness", "due_replicas", "placement_times_mean", "worst_replica").fill_nan(None),
-        )
+        exists = (np.arange(logical) < experts).reshape(-1)
+        return {name: values.reshape(-1)[exists] for name, values in columns.items()}
 
     def _known(self) -> list[tuple[int, Int32]]:
         return [(i, slots) for i, slots in enumerate(self.placed) if slots is not None]

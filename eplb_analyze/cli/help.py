@@ -62,8 +62,8 @@ class _Conversion:
         if isinstance(value, str) and info.parser is not None:
             with contextlib.suppress(ValueError):  # of which typer makes a message
                 return info.parser(value)
-        elif isinstance(value, str) and wanted is str:
-            return value
+        elif isinstance(value, str) and wanted in (str, Path):
+            return wanted(value)
         elif wanted is int and INTEGER.fullmatch(str(value)):
             number = int(value)
             if (info.min is None or number >= info.min) and (info.max is None or number <= info.max):

@@ -153,13 +153,14 @@ def pack(counts: Int64, stride: int) -> dict[str, Any]:
     """
     largest = counts.max(axis=1, initial=0)
     units = np.maximum(1, -(-largest // MAX_COUNT))
-    rounded = (counts + units[:, None] // 2) // units[:, None]
+    exact = bool((units == 1).all())
+    rounded = counts if exact else (counts + units[:, None] // 2) // units[:, None]
     short = np.minimum(rounded, MAX_COUNT).astype(np.uint16)
     short[stride:] -= short[:-stride].copy()
     return {
         "shape": list(counts.shape),
         "stride": stride,
-        "units": None if (units == 1).all() else units.tolist(),
+        "units": None if exact else units.tolist(),
         "data": _deflated(short),
     }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -224,13 +224,14 @@ def _experts(sums: LastConfiguration[ExpertSums], steps: tuple[int, int] | None)
 
 def _expert_figures(run: Run, report: ExpertReport) -> dict[str, Any]:
     """Counts, drift, and of every layer and expert its verdict and flags; the page has the loads."""
-    frame = report.experts
-    code = np.array([VERDICTS.index(verdict) for verdict in frame["verdict"]])
+    columns = report.columns
+    code = np.select([columns["verdict"] == verdict for verdict in VERDICTS], range(len(VERDICTS)))
     for bit, flag in enumerate(FLAGS, start=2):
-        code += frame[flag].to_numpy().astype(np.int64) << bit
+        code += columns[flag].astype(np.int64) << bit
     codes = np.zeros((run.info.num_layers, run.info.num_logical_experts), np.int64)
-    codes[[run.info.layers.index(layer) for layer in frame["layer"]], frame["logical"].to_numpy()] = code
-    document = replace(report, experts=frame.clear()).to_json() | {"counts": report.counts}
+    row = {layer: i for i, layer in enumerate(run.info.layers)}
+    codes[[row[layer] for layer in columns["layer"].tolist()], columns["logical"]] = code
+    document = report.to_json(rows=False)
     kept = (
         "window",
         "windows",
