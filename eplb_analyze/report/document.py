@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ def report_document(
     Raises:
         NotInDumpError: no step of the run is in the range.
     """
-    summary, changes, views = run.retry_without_damaged(lambda: _analyzed(run, steps))
+    summary, changes, views, loads = run.retry_without_damaged(lambda: _analyzed(run, steps))
     searched = answer.searched(summary, run.clock)
     about: list[str | None] = [answer.source(summary, run.clock), searched]
     notes = [f"{note[0].upper()}{note[1:]}." for note in about if note is not None] + changes.notes
@@ -105,7 +106,7 @@ def report_document(
         notes += [f"{note[0].upper()}{note[1:]}." for note in run.retired_notes(steps, "the charts")]
     elif has_figures and views is not None:
         over_time, ranks = views.timeline.timeline(), rank_report_of(run, *views.ranks.result(steps))
-        loads, _, left_out = views.bins.result(steps)
+        left_out = views.bins.result(steps)[2]
         experts = _experts(views.experts, steps)
         notes += [
             *over_time.notes,
@@ -118,7 +119,7 @@ def report_document(
             "ranks": _figures(ranks.to_json()),
             "experts": None if experts is None else _expert_figures(run, experts),
         }
-        packed = loads.packed(run)
+        packed = loads
     notes = list(dict.fromkeys(notes))
     findings = [f for f in summary_findings(run, summary.steps) if f.severity != "info"]
     findings += summary.contradictions
@@ -179,7 +180,8 @@ class _Views:
         self.ranks = LastConfiguration(run, lambda shape: RankSums(run, shape))
 
     def add(self, block: Block, uses: Sequence[UseLayer] = ()) -> None:
-        """Add the next block; ``uses``: what else needs its loads, which are read once."""
+        """Add the next block, whose loads nothing reads after this; ``uses``: what else needs them."""
+        block.stop_keeping()
         self.timeline.add(block)
         self.ranks.add(block)
         sums = [one for one in (self.bins.sums_for(block), self.experts.sums_for(block)) if one is not None]
@@ -188,19 +190,23 @@ class _Views:
             one.end()
 
 
-def _analyzed(run: Run, steps: tuple[int, int] | None) -> tuple[Summary, RearrangementReport, _Views | None]:
-    """What the report shows of a run, in one pass over its steps; no views if it is from sums per minute."""
+def _analyzed(
+    run: Run, steps: tuple[int, int] | None
+) -> tuple[Summary, RearrangementReport, _Views | None, dict[str, Any] | None]:
+    """What the report shows of a run, in one pass over its steps, and its loads as the page has them.
+
+    No views and no loads if it is from sums per minute.
+    """
     if from_minutes(run, steps):
         summary = summarize(run, steps)
         # Rearrangements are judged where their steps are kept.
-        return summary, rearrangement_report(run, cost=summary.cost if steps is None else None), None
+        return summary, rearrangement_report(run, cost=summary.cost if steps is None else None), None, None
     if steps is not None:
         run.require(steps)
     sums, changes = RunSums(run, bins_of(run, steps)), RearrangementSums(run, steps)
     views = None if run.step_range[0] is None else _Views(run, steps)
     for block, own in one_ahead(sums.of, run.keeping_loads().blocks(steps)):
         sums.add(block, own)
-        block.stop_keeping()
         uses = changes.begin(block, changes.balancedness(block))
         if views is not None:
             views.add(block, uses)
@@ -210,8 +216,12 @@ def _analyzed(run: Run, steps: tuple[int, int] | None) -> tuple[Summary, Rearran
         views = _Views(estimated, steps)
         for block in estimated.keeping_loads().blocks(steps):
             views.add(block)
-    summary = summary_of(sums.sums, run, steps)
-    return summary, changes.report(summary.cost if steps is None else None), views
+    with ThreadPoolExecutor(1) as beside:
+        bins = None if views is None else views.bins.sums
+        packed = beside.submit(lambda: None if bins is None else bins.packed(run))
+        summary = summary_of(sums.sums, run, steps)
+        judged = changes.report(summary.cost if steps is None else None)
+        return summary, judged, views, packed.result()
 
 
 def _experts(sums: LastConfiguration[ExpertSums], steps: tuple[int, int] | None) -> ExpertReport | None:
