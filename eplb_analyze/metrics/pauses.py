@@ -83,9 +83,11 @@ class Neighborhoods:
         first = max(0, min([low, *around[:1].tolist()]) - 1)
         last = max([high, *(around[-1:] + 1).tolist()])
         near = slice(first, last)
-        edges = [step[near][:1] - MARGIN, step[near][-1:] + MARGIN + 1]
-        others = self._changes[slice(*np.searchsorted(self._changes, np.concatenate(edges)).tolist())]
-        return measure(step[near], self._ms[near], self._kind[near], changed, others)
+        span, others = step[near], changed
+        if len(span):
+            edges = np.searchsorted(self._changes, [span[0] - MARGIN, span[-1] + MARGIN + 1])
+            others = self._changes[slice(*edges.tolist())]
+        return measure(span, self._ms[near], self._kind[near], changed, others)
 
 
 def beside(step: Int64, changed: Int64) -> Bool:

@@ -85,6 +85,13 @@ def test_pause_that_cannot_be_measured_says_why() -> None:
     assert "8 are needed" in str(measure(step, simulated(1, 900)[1], kind, changed, every))
 
 
+@pytest.mark.parametrize("steps", [[], [10], [10, 11, 12]])
+def test_pause_without_a_step_near_it_says_why(steps: list[int]) -> None:
+    step, changed = np.array(steps, np.int64), np.array([1])
+    around = Neighborhoods(step, np.full(len(step), np.nan), np.zeros(len(step), np.int64), changed)
+    assert "before or after it is missing" in str(around.measure(changed))
+
+
 def test_mean_pause_has_the_spread_of_pauses() -> None:
     assert mean_of([]) is None
     one = Interval(100.0, 90.0, 110.0)
