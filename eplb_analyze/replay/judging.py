@@ -180,13 +180,13 @@ class Judging:
         return chosen is not None and chosen.share.low > bootstrap.ROUNDING and _is_sure(judged)
 
     def cheapest(self, indices: Iterable[int]) -> int:
-        """The one with the fewest slots, then moves, then conditions."""
+        """The one with the fewest slots, then moves, then rearrangements, then conditions."""
 
-        def price(index: int) -> tuple[int, int, int, int]:
+        def price(index: int) -> tuple[int, int, int, int, int]:
             outcome = self.played.outcomes[index]
             setting = outcome.setting
             options = 0 if setting is None else _differing(setting.conditions, NO_CONDITIONS)
-            return outcome.num_physical_experts, outcome.weights_moved, options, index
+            return outcome.num_physical_experts, outcome.weights_moved, len(outcome.moves), options, index
 
         return min(indices, key=price)
 

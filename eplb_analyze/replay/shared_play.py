@@ -53,7 +53,7 @@ def _for_other_processes(simulation: Simulation, shares: Sequence[Sequence[int]]
     """Empty if a policy cannot be sent to another process."""
     try:
         return [pickle.dumps(simulation.share(rows, rest=False)) for rows in shares]
-    except (pickle.PicklingError, AttributeError, TypeError):
+    except Exception:
         return []
 
 

@@ -199,10 +199,11 @@ def list_loads(run: Run) -> list[Any]:
     return [loads for block in run.blocks() for _, loads in block.load_parts(block.recorded)]
 
 
-def test_policy_that_cannot_travel_is_played_here(dump: Path) -> None:
+@pytest.mark.parametrize("fault", [TypeError, RuntimeError])
+def test_policy_that_cannot_travel_is_played_here(dump: Path, fault: type[Exception]) -> None:
     class Own:
         def __getstate__(self) -> dict[str, Any]:
-            raise TypeError("it stays here")
+            raise fault("it stays here")
 
     run = open_run(dump)
     run.gpu = Own()  # type: ignore[assignment]

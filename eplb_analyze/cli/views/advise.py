@@ -164,7 +164,8 @@ def _rearranged(changes: Changes) -> str:
 def _more(changes: Changes, more: Sequence[Change]) -> str:
     """``Redundant experts: do not add any (64: no effect; 96: loss; now 32)``."""
     base = changes.base
-    over_base = any(_over_base(changes, change) for change in more)
+    rearranged = [change for change in more if _over_base(changes, change)]
+    over_base, more = bool(rearranged), rearranged or more
     each = "; ".join(f"{_change_to(base, change)}: {change.alone_result}" for change in more)
     text = "do not add any"
     if any(change.alone_result == "gain" for change in more):

@@ -102,8 +102,11 @@ def render(console: Console, result: Replay, top: int = 20) -> None:
         f"{plural(shape.ep_size, 'EP rank')}, {plural(shape.num_moe_layers, 'layer')}",
     )
     steps = steps_label(console, result.first_step, result.last_step)
-    advises = "`advise` judges a setting by the last 40% of them, which were not used to choose it."
-    print_line(console, f"The gains are those of all {steps}; {advises}")
+    text = f"The gains are those of {steps}"
+    if result.last_step > result.first_step:
+        text = f"The gains are those of all {steps}; `advise` judges a setting by the last 40% of them, "
+        text += "which were not used to choose it."
+    print_line(console, text)
     print_notes(console, result.notes)
     by = OBJECTIVES[result.objective.value]
     if result.objective == "tokens" and _costs(result):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from eplb_analyze.replay.advise import advise
 from eplb_analyze.replay.judging import Judging
 from eplb_analyze.replay.pricing import Objective
 from eplb_analyze.replay.replay import replay_run
+from eplb_analyze.replay.setting_run import Move
 
 REDUNDANT = SLOTS - EXPERTS
 STATIC = Setting("static", REDUNDANT, RANKS, None, None, None)
@@ -144,8 +146,6 @@ def test_gain_beside_an_alternative_is_the_difference_of_the_gains(drifting: Any
 
 def compared(monkeypatch: pytest.MonkeyPatch, advice: Advice, root: Path, beside: Interval) -> str | None:
     """The comparison if the advised setting saved so much beside each alternative."""
-    from dataclasses import replace
-
     real = Judging.saved
 
     def saved(self: Judging, index: int, *, judged: bool, beside: int | None = None) -> Any:
@@ -172,6 +172,15 @@ def test_significant_lead_is_called_so(drifting: Any, monkeypatch: pytest.Monkey
     root, advice = drifting
     found = compared(monkeypatch, advice, root, Interval(0.03, 0.02, 0.04))
     assert found == "Its lead over the alternatives is statistically significant"
+
+
+def test_of_settings_that_move_as_much_the_one_that_rearranges_less_is_cheaper(drifting: Any) -> None:
+    played = drifting[1].replay
+    base = replace(played.outcomes[0], moves=[Move(40, 6, 2)])
+    often = replace(base, moves=[*base.moves, Move(80, 0, 0), Move(120, 0, 0)])
+    more = replace(base, moves=[Move(40, 7, 2)])
+    judging = Judging(replace(played, outcomes=[more, often, base]), 0.02)
+    assert judging.cheapest([0, 1, 2]) == 2
 
 
 # ---- what is tried

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from planted import EXPERTS, LAYERS, RANKS, SLOTS, record_engine
 
 from eplb_analyze import open_run
+from eplb_analyze.cli.views.advise import redundancy
 from eplb_analyze.metrics.bootstrap import Interval
 from eplb_analyze.reader.recorded_setting import Setting
 from eplb_analyze.replay.advise import advise
-from eplb_analyze.replay.changes import Change, part_changed, result_of
+from eplb_analyze.replay.changes import Change, Changes, part_changed, result_of
 from eplb_analyze.replay.pricing import Objective
 from eplb_analyze.replay.replay import replay_run
 from eplb_analyze.replay.settings import Choices
@@ -362,3 +363,25 @@ def test_nothing_is_gained_if_the_setting_is_left_as_it_is(
     assert "you gain" not in text
     assert "compared with 4)" in text
     assert "best other setting: no rearrangements, 0 redundant experts instead of 4: saves" in text
+
+
+def test_numbers_that_are_never_rearranged_are_not_called_rearranged() -> None:
+    """Both numbers were tried without rearrangements, but only one of them with."""
+    loss, none = Interval(-0.1, -0.12, -0.08), Interval(0.0, -0.01, 0.01)
+
+    def row(part: Any, setting: Setting, gain: Interval) -> Change:
+        return Change(part, setting, gain, None, None, "loss", False, gain, "loss", 0, None)
+
+    more, static = (Setting("vllm", 40, 8, 500, 1000, 125), Setting("static", 48, 8, None, None, None))
+    rows = [
+        row("none", BASE, none),
+        row("redundant experts", more, loss),
+        row("redundant experts", static, loss),
+    ]
+    (text,) = redundancy(Changes(BASE, False, Objective.TOKENS, rows), advised=False, min_gain=0.02, layers=4)
+    every = "each number rearranged every 500 steps"
+    assert text == f"Redundant experts, {every}: do not add any (40: loss; compared with 32)"
+    (text,) = redundancy(
+        Changes(BASE, False, Objective.TOKENS, [rows[0], rows[2]]), advised=False, min_gain=0.02, layers=4
+    )
+    assert text == "Redundant experts: do not add any (48, static: loss; now 32)"
