@@ -604,8 +604,10 @@ def _objective(asked: Objective | None, cost: RunCost, dispatches: Sequence[str]
 def _outcome(simulation: Simulation, row: int) -> Outcome:
     own = simulation.setting_runs[row]
     held = _experts_per_gpu(own.placed[-1][1], own.setting.ep_size)
+    # One that is late may hold only after the last step, where it has no price.
+    moves = [move for move in own.moves if move.step <= simulation.last_step]
     return Outcome(
-        setting=simulation.settings[row], moves=own.moves, skipped=own.skipped, experts_per_gpu=held,
+        setting=simulation.settings[row], moves=moves, skipped=own.skipped, experts_per_gpu=held,
         **_figures(simulation, row, own.slots),
     )  # fmt: skip
 

@@ -120,8 +120,10 @@ def test_layers_change_late_and_in_parts(dump: Path, layers: int | None, delay: 
         changed = expected[step]
         before = targets.get(due - 10, at_once[0][1])
         np.testing.assert_array_equal(slots, np.concatenate([targets[due][:changed], before[changed:]]))
-    assert [move.step for move in outcome.moves] == [due + delay for due in DUE]
-    assert outcome.weights_moved == played(dump)[0].weights_moved
+    # What changes after the last step is no price of these steps.
+    changes = [due + delay for due in DUE if due + delay < STEPS]
+    assert [move.step for move in outcome.moves] == changes
+    assert outcome.weights_moved == sum(move.weights for move in played(dump)[0].moves[: len(changes)])
 
 
 def test_steps_are_scored_under_the_placement_of_each_part(dump: Path) -> None:
@@ -138,7 +140,9 @@ def test_steps_are_scored_under_the_placement_of_each_part(dump: Path) -> None:
 def test_rearrangement_under_way_is_not_interrupted(dump: Path) -> None:
     outcome, found = played(dump, layers_per_step=1, delay=12)
     # Due at 10, 20, …; the layers change in steps 22, 23 and 24, so those due at 20 do not happen.
-    assert [move.step for move in outcome.moves] == [due + 12 for due in DUE if due % 20 == 10]
+    assert [move.step for move in outcome.moves] == [
+        due + 12 for due in DUE if due % 20 == 10 and due + 12 < STEPS
+    ]
     assert outcome.skipped == len([due for due in DUE if due % 20 == 0])
     assert [step for step, _ in found[1:4]] == [22, 23, 24]
 

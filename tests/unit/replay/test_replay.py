@@ -646,6 +646,11 @@ def test_impossible_request_is_rejected(dump: Path, arguments: list[str], words:
     one_error(cli("replay", *arguments, dump), 2, *words)
 
 
+def test_single_step_is_named(dump: Path) -> None:
+    text = " ".join(cli("replay", "--steps", "3-3", dump).stdout.split())
+    assert "The gains are those of step 3 (" in text
+
+
 def test_range_without_a_complete_step_is_rejected(dump: Path) -> None:
     with pytest.raises(DumpError, match="no step of this range is complete"):
         replay_run(open_run(dump), steps=(50, 52))
