@@ -91,6 +91,15 @@ def one_ahead(
         yield from ordered_results(lambda item: pool.submit(work, item), items, 1)
 
 
+def prefetch(items: Iterable[Item]) -> Generator[Item, None, None]:
+    """The items, in order, while a thread takes the next one."""
+    iterator, end = iter(items), object()
+    for _, item in one_ahead(lambda _: next(iterator, end), itertools.repeat(None)):
+        if item is end:
+            return
+        yield item  # type: ignore[misc]
+
+
 def num_cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_analyze.metrics.formulas import Float64, Terms
-from eplb_analyze.parallel import ordered_map, split_range
+from eplb_analyze.parallel import ordered_map, prefetch, split_range
 from eplb_analyze.reader.join import (
     ABSENT,
     JoinedRows,
@@ -322,22 +322,18 @@ class Block:
         """Read the loads of the complete steps, and give those of each layer to all of ``uses``.
 
         Args:
-            uses: called by several threads, each with other layers. An array is only valid in the call.
+            uses: called by one thread, in order of layers. An array is only valid in the call.
             layers: by default all.
         """
         if not uses:
             return
         layers = range(self._shape().num_moe_layers) if layers is None else layers
-
-        def work(share: tuple[int, int]) -> None:
-            for first, loads in self.stored_parts(None, *share):
-                for layer, load in enumerate(loads, first):
-                    for use in uses:
-                        use(layer, load)
-
-        # Layers are independent, so threads can share them.
-        for _ in ordered_map(work, self.layer_shares(layers.start, layers.stop)):
-            pass
+        # A thread reads the next layers meanwhile. Threads that shared the layers would be no faster: numpy
+        # computes in short calls, and after each of them the interpreter lock changes hands.
+        for first, loads in prefetch(self.stored_parts(None, layers.start, layers.stop)):
+            for layer, load in enumerate(loads, first):
+                for use in uses:
+                    use(layer, load)
 
     def stop_keeping(self) -> None:
         """Keep no more loads, if it is a :class:`KeptBlock`: what is read from here on is not read again."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future
 
 import pytest
 
-from eplb_analyze.parallel import one_ahead, ordered_map, ordered_results, split_range
+from eplb_analyze.parallel import one_ahead, ordered_map, ordered_results, prefetch, split_range
 
 
 def test_results_come_in_the_order_of_the_items() -> None:
@@ -98,3 +99,35 @@ def test_at_most_the_next_item_is_worked_on_ahead(threads: int, monkeypatch: pyt
         assert (item, result) == (taken, -taken)
         assert len(started) <= taken + 2
     assert started == [*range(20)]
+
+
+def test_items_are_taken_ahead_by_one_other_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eplb_analyze.parallel.num_cores", lambda: 4)
+    takers: list[int] = []
+    second_is_taken = threading.Event()
+
+    def items() -> Iterator[int]:
+        for item in range(20):
+            takers.append(threading.get_ident())
+            if item == 1:
+                second_is_taken.set()
+            yield item
+
+    for count, item in enumerate(prefetch(items())):
+        assert second_is_taken.wait(30)  # although the first one is still in use
+        assert item == count
+        assert len(takers) <= count + 2
+    assert len(takers) == 20
+    assert threading.get_ident() not in takers
+    assert len(set(takers)) == 1
+
+
+def test_error_of_an_item_that_is_taken_ahead_comes_in_its_place() -> None:
+    def items() -> Iterator[int]:
+        yield 0
+        raise ValueError("one")
+
+    found = prefetch(items())
+    assert next(found) == 0
+    with pytest.raises(ValueError, match="one"):
+        next(found)
