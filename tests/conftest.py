@@ -7,6 +7,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 
 from eplb_dump import budget, rendezvous, start
@@ -14,6 +15,13 @@ from eplb_dump.format import files
 
 if TYPE_CHECKING:
     from s3 import S3
+
+
+# How long an example takes depends on the machine and on what else it does.
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any machine")
 
 
 @pytest.fixture(autouse=True)

@@ -211,7 +211,7 @@ def test_policy_that_cannot_travel_is_played_here(dump: Path, fault: type[Except
 
 
 @given(st.integers(1, 12), st.integers(1, 40))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_every_setting_has_one_process(count: int, intervals: int) -> None:
     found = [
         Setting(policy=policy, num_redundant_experts=4, ep_size=4, interval=interval, window=10, start=0)

@@ -68,7 +68,7 @@ def test_padding_and_lost_tokens_are_counted(tmp_path: Path, ranks: int, padded:
     assert (f"too few in {lost}" in text) == bool(lost)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_tokens_stated_by_the_wrong_rank_are_found(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
@@ -179,7 +179,6 @@ def test_tokens_of_several_global_writers_count_once(tmp_path: Path) -> None:
     assert set(open_run(tmp_path).steps()["num_tokens"].to_list()) == {600}
 
 
-@settings(deadline=None)
 @given(data=st.data())
 def test_any_run_of_one_constant_is_right_and_any_other_is_not(data: st.DataObject) -> None:
     """Top-k times token replication is one number, whatever it is; most steps follow it."""

@@ -94,7 +94,7 @@ def test_recording_has_the_planted_incidents(truth: list[Incident]) -> None:
     assert topic.cause.kind == "traffic_shift"
 
 
-@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sets(st.integers(0, SEGMENTS - 1)))
 @example({*range(SEGMENTS)})
 @example({*range(4)})

@@ -332,7 +332,7 @@ class TestSelections:
         assert edges == [(400, 599), (800, 849)]
         return found
 
-    @settings(max_examples=20, deadline=None)
+    @settings(max_examples=20)
     @given(first=st.integers(0, 999), last=st.integers(0, 999))
     @example(first=300, last=699)
     @example(first=400, last=599)

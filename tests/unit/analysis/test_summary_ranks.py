@@ -139,7 +139,7 @@ def test_incident_does_not_span_steps_that_are_not_kept(whole: Path, tmp_path: P
     assert f"incidents are looked for only in {searched} steps of steps {SEGMENT}-{STEPS - 1}" in text
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.sampled_from([*Tier]), min_size=STEPS // SEGMENT, max_size=STEPS // SEGMENT))
 def test_incidents_are_parts_of_the_truth_whatever_is_kept(whole: Path, tiers: list[Tier]) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -103,7 +103,7 @@ STORIES = st.builds(
 )
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow])
 @given(STORIES, st.integers(1, STEPS // 2))
 @example(Story(False, [(step, {0, 1, 2}) for step in range(20, STEPS, 20)], [], []), 50)
 @example(Story(True, [(100, {0}), (103, {1}), (180, {0, 2})], [(100, 1), (180, 2)], []), 30)

@@ -60,7 +60,7 @@ def small(draw: st.DrawFn) -> tuple[list[list[int]], list[int], int]:
 
 
 @given(small())
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_optimum_is_that_of_brute_force(problem: tuple[list[list[int]], list[int], int]) -> None:
     load, slots, ranks = problem
     found = lp.least_maximum(np.array(load).T, np.array(slots), ranks)
@@ -96,7 +96,7 @@ def test_optimum_where_balancing_pairs_is_slow() -> None:
 
 
 @given(small(), st.integers(0, 30))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_no_dispatch_beats_the_optimum(problem: tuple[list[list[int]], list[int], int], stream: int) -> None:
     load, slots, ranks = np.array(problem[0]), np.array(problem[1], np.int32), problem[2]
     deals = random_bits(np.arange(len(load)), stream, replica_draws(slots))[np.newaxis]
@@ -117,7 +117,7 @@ def test_no_dispatch_beats_the_optimum(problem: tuple[list[list[int]], list[int]
 
 
 @given(small())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_even_splitting_gives_every_replica_the_same(problem: tuple[list[list[int]], list[int], int]) -> None:
     load, slots, ranks = np.array(problem[0]), np.array(problem[1], np.int32), problem[2]
     found = Even().slot_loads(Tokens(load.T), Replicas(slots, ranks)).T

@@ -79,7 +79,7 @@ problems = st.integers(1, 5).flatmap(
     token_replication=st.integers(1, 3),
     stream=st.integers(0, 99),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_no_token_is_lost_or_split(
     problem: tuple[list[int], list[list[int]]], in_rounds: float, token_replication: int, stream: int
 ) -> None:
@@ -132,7 +132,7 @@ def test_quantiles_of_one_token() -> None:
 
 
 @given(tokens=st.integers(0, 2**40), replicas=st.integers(2, 9), stream=st.integers(0, 99))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_any_number_of_tokens_is_dealt_fairly(tokens: int, replicas: int, stream: int) -> None:
     """Also more than float32 holds exactly, beside an expert with few, whose draws come from tables."""
     steps, slots = 500, np.repeat([0, 1], replicas).astype(np.int32)

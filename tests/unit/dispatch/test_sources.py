@@ -33,7 +33,7 @@ def placements(draw: st.DrawFn) -> tuple[Array, int, int, int]:
 
 
 @given(placements())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_nearest_is_on_the_gpu_then_on_the_node(problem: tuple[Array, int, int, int]) -> None:
     placed, experts, ranks, nodes = problem
     found = sources.sglang_nearest(placed, experts, ranks, nodes)
@@ -55,7 +55,7 @@ def test_nearest_is_on_the_gpu_then_on_the_node(problem: tuple[Array, int, int, 
 
 
 @given(placements())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_static_shares_distant_replicas_out_fairly(problem: tuple[Array, int, int, int]) -> None:
     placed, experts, ranks, nodes = problem
     near = sources.sglang_nearest(placed, experts, ranks, nodes)
@@ -74,7 +74,7 @@ def test_static_shares_distant_replicas_out_fairly(problem: tuple[Array, int, in
 
 
 @given(placements())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_static_at_start_draws_only_for_experts_without_a_near_replica(
     problem: tuple[Array, int, int, int],
 ) -> None:
@@ -94,7 +94,7 @@ def test_static_at_start_draws_only_for_experts_without_a_near_replica(
 
 
 @given(placements(), st.sampled_from([1, 2]))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_ascend_takes_the_rank_modulo_the_ranks_that_hold_the_expert(
     problem: tuple[Array, int, int, int], tp_size: int
 ) -> None:
@@ -122,7 +122,7 @@ def test_ascend_tables_are_those_of_its_own_code() -> None:
 
 
 @given(placements(), st.integers(0, 99), st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_no_token_is_lost_and_none_goes_to_another_expert(
     problem: tuple[Array, int, int, int], seed: int, exact: bool
 ) -> None:

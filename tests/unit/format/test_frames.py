@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -58,7 +58,6 @@ FILE = b"".join(SMALL)
 STARTS = np.cumsum([0, *map(len, SMALL)]).tolist()
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.text(max_size=8), HEADERS, ARRAYS), max_size=4))
 def test_encoded_frames_read_back(
     written: list[tuple[str, dict[str, Any], dict[str, np.ndarray[Any, Any]]]],

@@ -78,7 +78,7 @@ def assert_watch_agrees(root: Path, window: int, known: list[Rearrangement]) -> 
         assert found == (this.first_step, this.last_step, len(this.layers), this.slots_changed)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_thinning_any_prefix_leaves_the_rearrangements_that_remain_in_view(data: st.DataObject) -> None:
     kind = data.draw(st.sampled_from(sorted(CONFIGS)))

@@ -21,14 +21,14 @@ loads = hnp.arrays(
 
 @pytest.mark.parametrize("name", FORMULAS)
 @given(T=loads)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_formula_equals_plain_loops(name: str, T: np.ndarray) -> None:
     expected = reference.per_step(name, T)
     np.testing.assert_allclose(FORMULAS[name].per_step(T), expected, rtol=1e-12, atol=1e-12)
 
 
 @given(T=loads)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_balancedness_of_a_layer_is_that_of_a_model_with_one_layer(T: np.ndarray) -> None:
     for layer in range(T.shape[1]):
         expected = FORMULAS["balancedness"].per_step(T[:, layer : layer + 1])
@@ -38,7 +38,7 @@ def test_balancedness_of_a_layer_is_that_of_a_model_with_one_layer(T: np.ndarray
 
 @pytest.mark.parametrize("name", FORMULAS)
 @given(T=loads)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_per_layer_equals_the_formula_of_a_one_layer_model(name: str, T: np.ndarray) -> None:
     found = formulas.per_layer(FORMULAS[name], T)
     for layer in range(T.shape[1]):
@@ -47,7 +47,7 @@ def test_per_layer_equals_the_formula_of_a_one_layer_model(name: str, T: np.ndar
 
 
 @given(T=loads)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_formulas_stay_within_their_bounds(T: np.ndarray) -> None:
     balance, imbalance = (
         formulas.FORMULAS["balancedness"].per_step(T),
@@ -68,7 +68,7 @@ few_tokens = hnp.arrays(
 
 
 @given(T=few_tokens, per_token=st.integers(1, 3), data=st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_ranks_that_tie_share_the_step(T: np.ndarray, per_token: int, data: st.DataObject) -> None:
     often, cost = (np.array(each, float) for each in reference.waiting(T))
     cut = data.draw(st.integers(0, T.shape[1]))

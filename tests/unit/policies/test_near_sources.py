@@ -19,7 +19,7 @@ Array = np.ndarray[Any, Any]
 
 
 @given(st.integers(1, 20), st.integers(0, 2**31), st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_assignment_is_the_best_one(size: int, seed: int, ties: bool) -> None:
     rng = np.random.default_rng(seed)
     cost = rng.integers(-3, 4, (size, size)).astype(float) if ties else rng.normal(size=(size, size))
@@ -42,7 +42,7 @@ def stays(slots: Array, sent: Array, nodes: int) -> tuple[float, float]:
 
 
 @given(st.sampled_from([(4, 2), (4, 1), (4, 4), (6, 3), (6, 2)]), st.integers(0, 4), st.integers(0, 2**31))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_no_other_numbering_keeps_more_tokens_on_their_node(
     size: tuple[int, int], redundant: int, seed: int
 ) -> None:

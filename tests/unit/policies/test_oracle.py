@@ -36,7 +36,7 @@ def in_loops(tokens: list[int], slots: int, ranks: int) -> list[list[int]]:
     most=st.sampled_from([1, 3, 40, 100_000]),
     times=st.sampled_from([1, 4]),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_each_step_is_placed_by_its_own_loads(
     seed: int, shape: tuple[int, int, int], most: int, times: int
 ) -> None:

@@ -114,7 +114,7 @@ def test_example_of_the_deepseek_readme() -> None:
     shape=st.sampled_from(SHAPES),
     layers=st.integers(1, 3),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_policies_agree_with_the_described_algorithm(
     implementation: str, seed: int, kind: int, shape: tuple[int, int, int, int, int], layers: int
 ) -> None:
@@ -125,7 +125,7 @@ def test_policies_agree_with_the_described_algorithm(
 
 
 @given(seed=st.integers(0, 2**32 - 1), experts=st.integers(1, 6), each=st.integers(1, 5))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_expert_that_stays_on_its_rank_keeps_its_slot(seed: int, experts: int, each: int) -> None:
     rng = np.random.default_rng(seed)
     ranks, slots = 3, 3 * each * experts
@@ -152,7 +152,7 @@ def test_static_keeps_the_placement_in_force_or_the_initial_one() -> None:
     n=st.integers(1, 600),
     values=st.sampled_from([1, 2, 5, 60, 2**30]),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_order_and_sum_are_those_of_torch(seed: int, n: int, values: int) -> None:
     keys = np.random.default_rng(seed).integers(0, values, (3, n)).astype(np.float32)
     order = torch_cpu.descending_order(keys, np.tile(np.arange(n), (3, 1)))
@@ -262,7 +262,7 @@ def test_bound_computed_by_hand(weight: list[int], slots: int, ranks: int, bound
 
 
 @given(seed=st.integers(0, 2**32 - 1), shape=st.sampled_from(SHAPES))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_no_policy_beats_the_bound(seed: int, shape: tuple[int, int, int, int, int]) -> None:
     experts, slots, ranks, nodes, groups = shape
     rng = np.random.default_rng(seed)
@@ -298,7 +298,7 @@ def busiest(weight: Array, placed: Array, ranks: int) -> Array:
     shape=st.sampled_from(SHAPES),
     windows=st.integers(0, 5),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_every_expert_has_a_slot_and_the_answer_is_always_the_same(
     name: str, seed: int, kind: int, shape: tuple[int, int, int, int, int], windows: int
 ) -> None:

@@ -48,7 +48,7 @@ def found(where: Path, run: str | None = None) -> list[float | None]:
 
 
 @given(st.lists(st.tuples(ENGINE, ENGINE), min_size=1, max_size=12), st.integers(0, 11))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_durations_are_the_slowest_ranks_also_after_a_kill_and_in_copies(
     steps: list[tuple[float | str | None, float | str | None]], flushed: int
 ) -> None:

@@ -486,7 +486,7 @@ def test_loss_in_a_shape_that_changes_concerns_the_ranks_it_has(tmp_path: Path) 
     assert value[30] == pytest.approx(T.mean() / T.max())
 
 
-@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_losses_and_returns_give_the_recomputed_figures(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

@@ -46,7 +46,7 @@ IDLE = st.tuples(st.integers(20, 150), st.integers(0, 100))
     by_rank=st.booleans(),
 )
 # Each example takes half a second; a failure is plain without being made smaller.
-@settings(max_examples=15, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@settings(max_examples=15, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 def test_steps_are_complete_or_not_as_their_rows_say(
     edges: list[tuple[int, int]], idle: list[tuple[int, int]], change: int, *, named: bool, by_rank: bool
 ) -> None:

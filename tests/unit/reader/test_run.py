@@ -533,7 +533,7 @@ def test_ranks_in_different_phases_make_a_mixed_step_and_tokens_count_once(tmp_p
 
 
 @given(st.data())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_random_runs_are_read_back_exactly(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:

@@ -230,7 +230,7 @@ def test_models_of_one_start_stay_together() -> None:
     assert dump.separated() == parts
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.sampled_from(["machine", "slurm", "id", "nothing"]),
     st.integers(1, 3),

@@ -110,7 +110,7 @@ def assert_same_figures(thinned: Run, whole: Run) -> None:
     assert codes == ({"retired_steps"} if in_full < STEPS else set())
 
 
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(budgets=st.lists(st.lists(st.floats(0.2, 1.0), max_size=3), min_size=RANKS, max_size=RANKS))
 @example(budgets=[[], [0.99]])  # only tokens per rank of some steps
 def test_thinned_run_has_the_figures_of_the_steps_that_are_kept(

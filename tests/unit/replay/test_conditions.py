@@ -148,7 +148,7 @@ def test_rearrangement_under_way_is_not_interrupted(dump: Path) -> None:
 
 
 @given(seed=st.integers(0, 2**32 - 1), limit=st.integers(0, 40))
-@hypothesis_settings(max_examples=100, deadline=None)
+@hypothesis_settings(max_examples=100)
 def test_limit_on_moves_is_respected(seed: int, limit: int) -> None:
     rng = np.random.default_rng(seed)
     weight = rng.integers(0, 50, (4, 8))

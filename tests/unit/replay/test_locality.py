@@ -150,7 +150,7 @@ def test_traffic_is_that_of_single_tokens(
 
 
 @given(seed=st.integers(0, 2**31))
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 def test_without_replicas_expected_traffic_is_exact(
     tmp_path_factory: pytest.TempPathFactory, seed: int
 ) -> None:

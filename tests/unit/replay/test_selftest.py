@@ -315,7 +315,7 @@ def groups_in_loops(placements: Array, experts: int, nodes: int) -> list[int]:
     groups=st.sampled_from([4, 8, 12]),
     shuffled=st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_groups_seen_in_placements_are_those_of_plain_loops(
     seed: int, policy: str, nodes: int, groups: int, shuffled: bool
 ) -> None:
@@ -336,7 +336,7 @@ def test_groups_seen_in_placements_are_those_of_plain_loops(
     of_node=st.sampled_from([1, 2, 4]),
     stated=st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_groups_of_any_policy_are_seen_and_no_others(
     seed: int, policy: str, nodes: int, of_node: int, stated: bool
 ) -> None:

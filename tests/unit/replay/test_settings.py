@@ -91,7 +91,7 @@ def test_engine_told_to_act_only_below_a_threshold_is_no_alarm(
     interval=st.integers(5, 30),
     threshold=st.floats(0.28, 0.5),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_threshold_is_judged_as_sglang_judges_it(
     tmp_path_factory: pytest.TempPathFactory, levels: list[float], interval: int, threshold: float
 ) -> None:

@@ -55,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("lists")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rows=st.integers(1, 700),
     width=st.integers(1, 70),
@@ -98,7 +98,7 @@ def test_only_pages_with_wanted_rows_are_decoded(tmp_path: Path, monkeypatch: py
     assert len(decoded) - every <= 2
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_damaged_bytes_are_an_error_and_never_other_values(folder: Path, data: st.DataObject) -> None:
     values = np.random.default_rng(0).poisson(300, (60, 6)).astype(np.int32)

@@ -64,7 +64,7 @@ def small_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(position=st.integers(4, 400), value=st.binary(min_size=1, max_size=8))
 def test_damaged_header_is_an_error_or_a_size(small_file: Path, position: int, value: bytes) -> None:
     data = bytearray(small_file.read_bytes())

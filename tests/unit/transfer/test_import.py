@@ -1196,7 +1196,7 @@ def test_wrong_options_are_refused(tmp_path: Path) -> None:
     more=st.lists(st.integers(0, 4), max_size=5),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_split_keeps_every_token(load: Any, more: list[int], seed: int) -> None:
     slots = np.array([*range(5), *more, -1], np.int32)
     rng = np.random.default_rng(seed)
@@ -1213,7 +1213,7 @@ def test_split_keeps_every_token(load: Any, more: list[int], seed: int) -> None:
 @given(
     gaps=st.lists(st.integers(1, 6), min_size=1, max_size=30), interval=st.integers(1, 6), first=st.booleans()
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_steps_between_samples_are_not_sampled(gaps: list[int], interval: int, first: bool) -> None:
     step = np.cumsum([10, *gaps])
     last = None if first else 10 - interval
@@ -1229,7 +1229,7 @@ def test_steps_between_samples_are_not_sampled(gaps: list[int], interval: int, f
 
 
 @given(values=hnp.arrays(hnp.scalar_dtypes(), (4,)))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_whole_counts_keep_their_values(values: Any) -> None:
     try:
         found = whole_counts(values, "x")

@@ -222,7 +222,7 @@ def test_damaged_parquet_is_refused(tmp_path: Path) -> None:
     seed=st.integers(0, 1000),
     parquet=st.booleans(),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_table_in_any_order_has_the_sums(
     load: Any, seed: int, parquet: bool, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -341,7 +341,7 @@ def test_json_list_needs_a_format(tmp_path: Path) -> None:
     ),
     size=st.integers(1, 40),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_json_items_are_those_of_the_whole_document(
     items: list[Any], size: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -391,7 +391,7 @@ def test_two_rows_do_not_hold_for_three_layers(tmp_path: Path) -> None:
 
 
 @given(ranks=st.sampled_from([1, 2, 4, 8]), per_rank=st.integers(1, 6), seed=st.integers(0, 100))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_round_robin_has_each_expert_on_its_rank(
     ranks: int, per_rank: int, seed: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -190,7 +190,7 @@ def traces(draw: st.DrawFn) -> tuple[Array, int]:
     return ids.astype(draw(st.sampled_from([np.int8, np.int16, np.int32, np.int64, ">i4"]))), experts
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(trace=traces(), data=st.data())
 @pytest.mark.parametrize("write", WRITERS)
 @pytest.mark.usefixtures("small_blocks")

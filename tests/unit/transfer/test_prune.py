@@ -238,7 +238,7 @@ def test_what_live_ranks_recorded_with_dead_ones_is_left_alone(tmp_path: Path) -
     assert set(tiers_of(dead).values()) == {"full"}
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.data())
 def test_all_ranks_keep_the_steps_of_a_protected_session(data: st.DataObject) -> None:
     """Whatever its writer has left so far: sealed segments, journals, no manifest, no ``session.json``."""
@@ -775,7 +775,7 @@ def test_killed_at_any_step_it_continues_to_the_same_end(
 # ---- the plan
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_plan_follows_ages_and_bytes(data: st.DataObject) -> None:
     """Of any dump: nothing is thinned that need not be, and within a tier the oldest go first."""

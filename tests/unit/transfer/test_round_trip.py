@@ -101,7 +101,7 @@ def assert_same(found: Run, source: Run) -> None:
 
 
 @given(recording=recordings())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_recorded_run_comes_back_from_every_form(recording: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -128,7 +128,7 @@ def test_recorded_run_comes_back_from_every_form(recording: dict[str, Any]) -> N
     placement=st.sampled_from(["linear", "round_robin"]),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_counts_up_to_two_to_the_forty_come_back(
     counts: list[int], layers: int, ranks: int, placement: str, seed: int
 ) -> None:
@@ -164,7 +164,7 @@ def test_counts_up_to_two_to_the_forty_come_back(
 
 
 @given(recording=recordings(), target=st.sampled_from(TARGETS))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_placement_comes_back_from_every_form(recording: dict[str, Any], target: str) -> None:
     recording |= {"placed_from": 0, "empty": False, "moe_layers": None}
     # vllm-ascend cannot load a rank that holds an expert twice.

@@ -577,7 +577,7 @@ STEP = st.fixed_dictionaries(
 
 
 class TestAnyRun:
-    @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(data=st.data())
     def test_trace_holds_each_step_once_when_it_was(
         self, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory

@@ -229,7 +229,6 @@ def test_invalid_variable_keeps_no_engine_from_starting(
 
 @settings(
     max_examples=4,
-    deadline=None,
     phases=[Phase.explicit, Phase.generate],  # without shrinking: an example takes seconds
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

@@ -140,7 +140,7 @@ HAPPENS = st.tuples(
 
 
 @given(st.lists(HAPPENS, max_size=60))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_time_is_that_of_its_step_or_unknown(happens: list[tuple[str, int]]) -> None:
     """However late the events are read: also if the queue is full, and steps are dropped."""
     with pytest.MonkeyPatch.context() as patch:

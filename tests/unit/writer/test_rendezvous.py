@@ -324,7 +324,7 @@ def clock_of(ranks: Sequence[Rank], now: list[int]) -> Iterator[list[Rank]]:
         yield claiming
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(lives())
 def test_starts_in_any_order_are_never_mixed_nor_scattered(ranks: list[Rank]) -> None:
     runs: dict[str, set[int]] = defaultdict(set)

@@ -313,7 +313,7 @@ def test_tensor_can_be_overwritten_after_record_returns(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [np.array, torch.tensor], ids=["numpy", "torch"])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     operations=st.lists(
         st.tuples(
@@ -911,7 +911,7 @@ def run_operations(writer: ExpertLoadWriter, operations: list[Any]) -> dict[int,
     return handed
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(OPERATIONS, min_size=5, max_size=30), st.sampled_from([1, 1, 2]), st.sampled_from([3, 2048]))
 def test_all_seen_steps_are_accounted_for(operations: list[Any], interval: int, segment_steps: int) -> None:
     with tempfile.TemporaryDirectory() as root:
