@@ -121,6 +121,9 @@ class Sharing:
         self.dispatches: list[NamedDispatch] = []
         #: By row, the placements in the current block and their tables.
         self._tables: dict[int, list[tuple[Int32, Int32]]] = {}
+        #: Until the first rearrangement, by the rule, the ranks and the placement: many settings start alike,
+        #: and SGLang's table takes seconds for many ranks.
+        self._tables_at_start: dict[tuple[Table | None, int, bytes], Int32] = {}
         #: Of today's placements in the current block, by the rule and the step from which a layer changed.
         self._todays_tables: dict[tuple[Table, int], Int32] = {}
 
@@ -180,10 +183,19 @@ class Sharing:
         for step, placement in own.placed:
             table = known.get(id(placement))
             if table is None:
-                choose = dispatch.at_start if step < 0 else dispatch.rearranged
-                table = self._table(choose, placement, ranks)
+                if step < 0:
+                    table = self._table_at_start(dispatch.at_start, placement, ranks)
+                else:
+                    table = self._table(dispatch.rearranged, placement, ranks)
             out.append((placement, table))
         return out
+
+    def _table_at_start(self, choose: Table | None, placement: Int32, ranks: int) -> Int32:
+        key = choose, ranks, placement.tobytes()
+        with self._lock:
+            if key not in self._tables_at_start:
+                self._tables_at_start[key] = self._table(choose, placement, ranks)
+            return self._tables_at_start[key]
 
     def _table(self, choose: Table | None, placement: Int32, ranks: int) -> Int32:
         if choose is None:

@@ -13,8 +13,10 @@ from clocks import SteadyClock
 from helpers import cli, one_error
 
 from eplb_analyze import open_run
-from eplb_analyze.dispatch import sources
+from eplb_analyze.dispatch import named, sources
+from eplb_analyze.dispatch.deal import Dealt
 from eplb_analyze.dispatch.lp import least_maximum
+from eplb_analyze.dispatch.named import NamedDispatch
 from eplb_analyze.errors import UsageError
 from eplb_analyze.reader.recorded_setting import Setting
 from eplb_analyze.replay import source_loads
@@ -264,3 +266,23 @@ def test_command_compares_dispatches(tmp_path: Path) -> None:
     assert "lp: tokens are split so that the busiest rank has the fewest" in text
     assert "--dispatch" not in text
     one_error(cli("replay", "--dispatch", "evne", root), 2, "there is no dispatch 'evne'; known: measured")
+
+
+def test_settings_that_start_alike_share_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang's table of the start takes seconds for many ranks."""
+    made = []
+
+    def counted(placement: Array, experts: int, ranks: int, nodes: int) -> Array:
+        made.append(ranks)
+        return sources.sglang_static_at_start(placement, experts, ranks, nodes)
+
+    def static(token_replication: int) -> NamedDispatch:
+        return NamedDispatch(Dealt(0.0, token_replication), counted, sources.sglang_static)
+
+    monkeypatch.setitem(named.DISPATCHES, "sglang-static", static)
+    choices = Choices(
+        policies=["deepseek", "static"], redundant=[SLOTS - EXPERTS], intervals=[20, 30],
+        dispatches=["sglang-static", "even"],
+    )  # fmt: skip
+    replay_run(open_run(record(tmp_path)), choices, objective=Objective.TOKENS)
+    assert made == [RANKS]
