@@ -15,6 +15,7 @@ from eplb_analyze.analysis.cost import RunCost, cost_of
 from eplb_analyze.analysis.milliseconds import Milliseconds
 from eplb_analyze.analysis.pauses import StepClock, pauses_of
 from eplb_analyze.analysis.worth import PlacementGain
+from eplb_analyze.dispatch.deal import EXACT_IN_FLOAT32
 from eplb_analyze.json_report import RunReport, remembers_run
 from eplb_analyze.metrics import bootstrap, formulas
 from eplb_analyze.metrics.bootstrap import MIN_STEPS, Interval, Ratio
@@ -36,7 +37,7 @@ WINDOW = 1000
 #: The gain at first is a mean of this many steps, and it is gone when most of so many are below half of it.
 SMOOTHING = 50
 #: Steps whose loads are spread at once: so few that they stay in the processor's cache.
-AT_ONCE = 128
+AT_ONCE = 256
 BALANCEDNESS = formulas.FORMULAS["balancedness"]
 
 #: Figures in ms need the loads and times of single steps.
@@ -381,6 +382,20 @@ class _Fold:
     new: list[Int32]
     values: list[formulas.Float64] = field(default_factory=list)
 
+    def balancedness(self, layer: int, load: npt.NDArray[Any], experts: int) -> formulas.Float64:
+        """That of a layer's loads ``[n, slots]`` once they are spread: ``[n]``."""
+        weights = spread_evenly(self.old[layer], self.new[layer], self.shape.ep_size, experts)
+        narrow = weights.astype(np.float32)
+        out = np.empty(len(load))
+        for low in range(0, len(load), AT_ONCE):
+            here = slice(low, low + AT_ONCE)
+            T = load[here].astype(np.float32) @ narrow
+            if T.max() >= EXACT_IN_FLOAT32:  # it may be rounded
+                T = load[here] @ weights
+            # Ranks first: the maximum is over whole rows.
+            out[here] = formulas.balancedness_of_layer(T.T.astype(np.float64, order="C"), serving(self.shape))
+        return out
+
     def mean(self) -> float | None:
         return formulas.mean_known(self.values)
 
@@ -545,13 +560,9 @@ class _Spread:
     def add(self, layer: int, load: npt.NDArray[Any]) -> None:
         """The loads of a layer in all complete steps of the block: integers ``[steps, slots]``."""
         for gain, at in self._gains:
-            gain.add(layer, load[at].astype(np.int64), self._experts)
+            gain.add(layer, load[at], self._experts)
         for fold, part, ratio in self._folds:
-            way = spread_evenly(fold.old[layer], fold.new[layer], fold.shape.ep_size, self._experts)
-            for low in range(0, len(ratio), AT_ONCE):
-                high = min(low + AT_ONCE, len(ratio))
-                T = load[part][low:high].astype(np.float64) @ way
-                ratio[low:high, layer] = formulas.balancedness_of_layer(T, serving(fold.shape))
+            ratio[:, layer] = fold.balancedness(layer, load[part], self._experts)
 
     def end(self) -> None:
         """All layers are added."""

@@ -13,6 +13,7 @@ from eplb_analyze.dispatch.deal import Dealt, random_bits, replica_draws
 from eplb_analyze.dispatch.rule import Replicas, Tokens
 from eplb_analyze.metrics.bootstrap import Interval, Ratio
 from eplb_analyze.metrics.cost import EXCHANGE_RATES, CostStatus, Float64
+from eplb_analyze.metrics.formulas import sum_type
 from eplb_analyze.metrics.prices import weighted, worth
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.placements import fold
@@ -67,6 +68,7 @@ class PlacementGain:
         repeats = min(MAX_DEALS, max(1, LAYERS_DEALT // (STEPS * layers)))
         streams = range(layer, layer + repeats * layers, layers)
         deals = np.stack([random_bits(self._steps, stream, draws) for stream in streams])
+        load = load.astype(sum_type(load, load.shape[1]), copy=False)
         logical, ranks = np.ascontiguousarray(fold(load, new, experts).T), self._shape.ep_size
         before, after = (
             self._dispatch.busiest_rank(Tokens(logical), Replicas(slots, ranks), deals, EXCHANGE_RATES)[2]

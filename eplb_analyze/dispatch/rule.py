@@ -92,8 +92,12 @@ def busiest_of(slot_loads: Counts, ranks: int, rates: Sequence[float], token_rep
         else:
             active = rank_loads(np.minimum(slot_loads / token_replication, 1), ranks).astype(np.float32)
         counts = (tokens / token_replication).astype(np.float32)
-        for row, rate in zip(slowest, rates, strict=True):
-            row[:] = effort_of(active, counts, rate).max(axis=0)
+        if (active == active[0]).all():  # the rank with the most tokens is the slowest at every rate
+            most = counts.max(axis=0)
+            slowest[:] = [effort_of(active[0], most, rate) for rate in rates]
+        else:
+            for row, rate in zip(slowest, rates, strict=True):
+                row[:] = effort_of(active, counts, rate).max(axis=0)
     return busiest, inverse, slowest
 
 

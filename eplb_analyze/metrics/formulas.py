@@ -199,8 +199,8 @@ def balancedness(terms: Terms) -> Float64:
 
 
 def balancedness_of_layer(T: Float64, serving: int) -> Float64:
-    """:func:`balancedness` of one layer ``[steps, ep_ranks]``; ``serving``: how many ranks serve."""
-    return _ratio(T.sum(axis=1) / serving, T.max(axis=1))
+    """:func:`balancedness` of one layer ``[ep_ranks, steps]``; ``serving``: how many ranks serve."""
+    return _ratio(T.sum(axis=0) / serving, T.max(axis=0))
 
 
 def imbalance(terms: Terms) -> Float64:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -358,9 +359,10 @@ def even_shares(slots: Int32, ep_size: int, num_logical_experts: int) -> npt.NDA
 
 
 def spread_evenly(old: Int32, new: Int32, ep_size: int, num_logical_experts: int) -> npt.NDArray[np.float64]:
-    """The share of a slot's tokens that each EP rank gets if replicas split their expert's tokens evenly.
+    """How replicas split their expert's tokens evenly, in whole numbers, so that sums are exact.
 
-    ``load [steps, slots of old] @ result`` are tokens per rank under ``new``.
+    ``load [steps, slots of old] @ result`` are tokens per rank under ``new``, times the least common multiple
+    of the numbers of replicas.
 
     Args:
         old: the placement under which the slots got their tokens.
@@ -369,8 +371,10 @@ def spread_evenly(old: Int32, new: Int32, ep_size: int, num_logical_experts: int
     Returns:
         float64 ``[slots of old, ep_size]``; zeros if the slot is empty.
     """
-    share = even_shares(new, ep_size, num_logical_experts)
-    return np.where((old == EMPTY_SLOT)[:, np.newaxis], 0.0, share[old])
+    held = holdings(new, ep_size, num_logical_experts)
+    copies = np.maximum(1, held.sum(axis=0))
+    weights = held.T * (float(math.lcm(*set(copies.tolist()))) / copies)[:, np.newaxis]
+    return np.where((old == EMPTY_SLOT)[:, np.newaxis], 0.0, weights[old])
 
 
 def logical_sums(block: Block, history: PlacementHistory, num_logical_experts: int) -> Int64:

@@ -135,9 +135,9 @@ def assert_figures(row: RearrangementFigures, before: Any, after: Any, truth: di
 
 
 @pytest.mark.parametrize("ranks", [EP_SIZE, 0], ids=["local", "global"])
-@pytest.mark.parametrize("window", [1000, 30])
-def test_figures_equal_plain_loops(tmp_path: Path, ranks: int, window: int) -> None:
-    loads = random_loads(np.random.default_rng(0), 190)
+@pytest.mark.parametrize(("window", "times"), [(1000, 1), (30, 1), (30, 1_000_003)])
+def test_figures_equal_plain_loops(tmp_path: Path, ranks: int, window: int, times: int) -> None:
+    loads = random_loads(np.random.default_rng(0), 190) * times  # or so many that float32 would round them
     maps = [[TOGETHER, TOGETHER], [APART, TOGETHER], [APART, SHUFFLED]]
     write(tmp_path, loads, lambda step: maps[(step >= 50) + (step >= 120)], ranks=ranks)
     report = rearrangement_report(open_run(tmp_path), window=window)

@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from scipy.optimize import linprog
 
 from eplb_analyze.dispatch import lp
 from eplb_analyze.dispatch.deal import ByPosition, Dealt, position_shares, random_bits, replica_draws
 from eplb_analyze.dispatch.even import Even
 from eplb_analyze.dispatch.named import LP, MEASURED, NAMES, named
-from eplb_analyze.dispatch.rule import Replicas, Tokens
+from eplb_analyze.dispatch.rule import Replicas, Tokens, busiest_of
 from eplb_analyze.errors import UsageError
-from eplb_analyze.metrics.cost import EXCHANGE_RATES
+from eplb_analyze.metrics.cost import EXCHANGE_RATES, effort_of
 
 Array = np.ndarray[Any, Any]
 
@@ -191,3 +192,17 @@ def test_unknown_batch_leaves_all_to_chance() -> None:
     for tokens in (Tokens(load), Tokens(load, unknown, unknown)):
         found = ByPosition().slot_loads(tokens, replicas, bits)
         assert np.abs(found - expected).max() <= 1  # by the steps of its table
+
+
+@given(data=st.data())
+@settings(max_examples=200)
+def test_slowest_rank_equals_plain_loops(data: st.DataObject) -> None:
+    least = data.draw(st.sampled_from([0, 1]))  # with 1, all ranks have equally many active slots
+    shape = data.draw(st.tuples(st.just(6), st.integers(1, 4)))
+    loads = data.draw(arrays(np.int32, shape, elements=st.integers(least, 3)))
+    busiest, _, slowest = busiest_of(loads, 3, EXCHANGE_RATES)
+    for step, column in enumerate(loads.T.reshape(-1, 3, 2)):
+        assert busiest[step] == column.sum(axis=1).max()
+        for found, rate in zip(slowest[:, step], EXCHANGE_RATES, strict=True):
+            efforts = [effort_of(np.count_nonzero(own), own.sum(), rate) for own in column]
+            assert found == pytest.approx(max(efforts))

@@ -32,7 +32,7 @@ def test_formula_equals_plain_loops(name: str, T: np.ndarray) -> None:
 def test_balancedness_of_a_layer_is_that_of_a_model_with_one_layer(T: np.ndarray) -> None:
     for layer in range(T.shape[1]):
         expected = FORMULAS["balancedness"].per_step(T[:, layer : layer + 1])
-        found = formulas.balancedness_of_layer(T[:, layer].astype(float), T.shape[2])
+        found = formulas.balancedness_of_layer(T[:, layer].T.astype(float), T.shape[2])
         np.testing.assert_array_equal(found, expected)
 
 
