@@ -642,7 +642,8 @@ def _numbers(text: str | None, option: str, least: int) -> list[int] | None:
     parts = [part.strip() for part in text.split(",")]
     if not all(re.fullmatch(r"[0-9]{1,9}", part) and int(part) >= least for part in parts):
         raise typer.BadParameter(
-            f"{text!r} is not a list of whole numbers of at least {least}; write, for example, 100,500",
+            f"{text!r} is not a list of whole numbers from {least} to 999,999,999; write, for example, "
+            "100,500",
             param_hint=option,
         )
     return sorted({int(part) for part in parts})

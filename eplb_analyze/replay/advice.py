@@ -81,7 +81,7 @@ class Judged:
 class Advice(RunReport):
     """``gain`` is the share of today's time that ``best`` saves in the judged part.
 
-    By objective ``ms`` that is ``net_ms_per_step`` beside the median step; by ``tokens`` the tokens of the
+    By objective ``ms`` that is ``net_ms_per_step`` beside the mean step; by ``tokens`` the tokens of the
     ranks with most of them are time, and by ``active`` the active experts.
     """
 
@@ -115,8 +115,9 @@ class Advice(RunReport):
     judged: ScoredSteps | None = None
     #: The option `--min-gain`.
     min_gain: float = MIN_GAIN
-    #: The median time of a step, ms; None if not known.
-    step_ms_p50: float | None = None
+    #: The mean time of a judged step without pauses and idle gaps, ms; the median if most steps are of phases
+    #: without a price; None if not known.
+    step_ms: float | None = None
     #: What each change of one part of the setting gains by itself; None if none was tried.
     changes: Changes | None = None
     #: The replay behind it; None if the run cannot be replayed.
@@ -195,7 +196,7 @@ class Advice(RunReport):
                 "least_interval": self.least_interval,
                 "engine_arguments": self.engine_arguments,
                 "min_gain": self.min_gain,
-                "step_ms_p50": self.step_ms_p50,
+                "step_ms": self.step_ms,
                 "trained": self.trained,
                 "judged": self.judged,
                 #: How many settings were tried.

@@ -327,7 +327,7 @@ class Adviser:
             trained=scored[0],
             judged=scored[1],
             min_gain=self.min_gain,
-            step_ms_p50=judging.step_ms,
+            step_ms=judging.step_ms,
             replay=played,
             notes=[*played.notes, *(self._warnings(saved) if verdict in CHANGES else [])],
         )

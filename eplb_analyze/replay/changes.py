@@ -102,7 +102,7 @@ def one_at_a_time(
 
     Args:
         judging: the columns of the scores to take gains in.
-        step_ms: the median time of a step.
+        step_ms: the mean time of a step.
     """
     own, today = played.recorded.setting(), played.today
     base = _base(played, own)

@@ -16,7 +16,7 @@ from eplb_analyze.metrics.prices import combined
 from eplb_analyze.policies.policy import ORACLE
 from eplb_analyze.reader.recorded_setting import NO_CONDITIONS, Setting
 from eplb_analyze.replay.changes import SURE
-from eplb_analyze.replay.pricing import Objective, gain, net
+from eplb_analyze.replay.pricing import Objective, gain, mean_step_ms, net
 from eplb_analyze.replay.replay import Outcome, Replay
 from eplb_analyze.replay.scores import TODAY
 from eplb_analyze.replay.setting_run import Move
@@ -55,7 +55,7 @@ class Judging:
     """Attributes:
     training, judging: the columns of the scores for choosing and for judging.
     split: the first step that is judged.
-    step_ms: the median time of a step: by what the cost was fitted to, so that both are of the same times.
+    step_ms: the mean time of a judged step, by what the cost was fitted to: both are of the same times.
     """
 
     def __init__(self, played: Replay, min_gain: float) -> None:
@@ -64,8 +64,7 @@ class Judging:
         cut = int(TRAINING * columns)
         self.training, self.judging = slice(0, cut), slice(cut, columns)
         self.split = int(played.scores.step[cut]) if cut < columns else played.last_step + 1
-        seconds, fitted = played.part.step_seconds, played.cost.step_ms_p50
-        self.step_ms = fitted if fitted is not None or seconds is None else 1e3 * seconds
+        self.step_ms = self._step_ms(self.judging)
         self._saved: dict[tuple[int, bool, int | None], Saved | None] = {}
 
     @property
@@ -75,6 +74,13 @@ class Judging:
     @property
     def engine_steps(self) -> int:
         return self.played.last_step + 1 - self.played.first_step
+
+    def _step_ms(self, part: slice) -> float | None:
+        """The mean time of a step of a part; if it is not known, the median of the run."""
+        cost, seconds = self.played.cost, self.played.part.step_seconds
+        mean = mean_step_ms(cost, self.played.scores, part)
+        fitted = cost.step_ms_p50 if mean is None else mean
+        return fitted if fitted is not None or seconds is None else 1e3 * seconds
 
     def has_tokens(self) -> bool:
         """Whether both parts have enough steps with tokens."""
@@ -118,10 +124,11 @@ class Judging:
         )
         if self.in_ms:
             work = gain(played.cost, played.scores, row, part, reference)
-            if isinstance(work, str) or self.step_ms is None:
+            step_ms = self._step_ms(part)
+            if isinstance(work, str) or step_ms is None:
                 return None
             left = net(work, played.pause, played.outcomes[index].moves, other.moves, self.engine_steps)
-            share = combined([(1 / self.step_ms, left)])
+            share = combined([(1 / step_ms, left)])
             assert share is not None
             return Saved(share, work, left)
         before, after = played.effort[reference, part], played.effort[row, part]

@@ -12,7 +12,7 @@ import numpy as np
 from eplb_analyze.analysis.cost import RunCost
 from eplb_analyze.analysis.milliseconds import Milliseconds
 from eplb_analyze.analysis.pauses import pauses_of
-from eplb_analyze.analysis.worth import price_of
+from eplb_analyze.analysis.worth import PRICED, price_of
 from eplb_analyze.metrics.bootstrap import Interval, Ratio
 from eplb_analyze.metrics.cost import CostStatus
 from eplb_analyze.metrics.formulas import Float64
@@ -112,6 +112,24 @@ def lines_of(cost: RunCost) -> list[Line]:
         if own.status is not CostStatus.NOT_IDENTIFIABLE
         for rate in own.rates
     ]
+
+
+def mean_step_ms(cost: RunCost, scores: Scores, columns: slice = ALL) -> float | None:
+    """The mean time of a step without pauses and idle gaps, as the prices of its phases know it.
+
+    Not the median: of steps of a few ms and a few long ones, it is far less than their time for each step.
+
+    Returns:
+        None if most of the steps are of phases without a price.
+    """
+    means = [
+        (scores.steps_of((phase, exchange), columns).sum(), cost.prices[phase].mean_ms)
+        for phase, exchange in {phase: (phase, exchange) for phase, exchange in scores.lines}.values()
+    ]
+    known = sum(count for count, mean in means if mean is not None)
+    if not known or known < PRICED * scores.active[TODAY, columns].sum():
+        return None
+    return float(sum(count * mean for count, mean in means if mean is not None) / known)
 
 
 def gain(

@@ -30,7 +30,7 @@ from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.run_info import uneven_nodes
 from eplb_analyze.replay import shared_play
 from eplb_analyze.replay.grouping import Grouping, Groupings
-from eplb_analyze.replay.pricing import Objective, Pause, effort, gain, lines_of, net, pause_of
+from eplb_analyze.replay.pricing import Objective, Pause, effort, gain, lines_of, mean_step_ms, net, pause_of
 from eplb_analyze.replay.scores import ALL, TODAY, Scores
 from eplb_analyze.replay.selftest import RecordedSettingTest, SelfTest
 from eplb_analyze.replay.setting_run import Move, Placed
@@ -209,6 +209,9 @@ class Replay(RunReport):
     scored: int
     #: Complete steps in which the placement of a layer is not known.
     left_out: int
+    #: The mean time of a step without pauses and idle gaps; the median time from one step to the next if most
+    #: steps are of phases without a price; None if no two are consecutive.
+    step_seconds: float | None
     #: The time of these steps and of those between sampled ones, from ``step_seconds``.
     seconds: float | None
     cost_per_expert_ms: float | None
@@ -270,7 +273,7 @@ class Replay(RunReport):
                 "last_step": self.last_step,
                 "scored": self.scored,
                 "left_out": self.left_out,
-                "step_seconds": self.part.step_seconds,
+                "step_seconds": self.step_seconds,
                 "seconds": self.seconds,
                 "cost_per_expert_ms": self.cost_per_expert_ms,
                 "recorded": self.recorded,
@@ -470,9 +473,11 @@ def _result(
     notes: list[str],
 ) -> Replay:
     run, scores = simulation.run, simulation.scores
-    seconds = None
-    if part.step_seconds is not None:
-        seconds = part.step_seconds * simulation.scored * run.info.interval
+    seconds, each = None, part.step_seconds
+    if each is not None:
+        mean_ms = mean_step_ms(cost, scores)
+        each = each if mean_ms is None else mean_ms / 1e3
+        seconds = each * simulation.scored * run.info.interval
     as_today = _today(simulation)
     if pause.basis == "measured" and as_today.moves:
         pause = replace(pause, weights=as_today.weights_moved_busiest_rank / len(as_today.moves))
@@ -537,6 +542,7 @@ def _result(
         last_step=simulation.last_step,
         scored=simulation.scored,
         left_out=simulation.left_out,
+        step_seconds=each,
         seconds=seconds,
         cost_per_expert_ms=cost_ms,
         today=as_today,

@@ -132,22 +132,23 @@ def grid(run: Run, today: Recorded, choices: Choices, steps: int) -> tuple[list[
     engine, experts = run.info.engine, run.info.num_logical_experts
     policies = choices.policies or [today.policy or "deepseek", STATIC]
     found: set[Setting] = set()
-    notes: list[str] = []
+    impossible: list[str] = []
     for ep_size in choices.ep_sizes or [today.ep_size]:
         least = -experts % ep_size
         if experts + max([least, *(choices.redundant or ())]) > MAX_EXPERTS:
-            raise UsageError(f"a placement holds at most {MAX_EXPERTS:,} slots")
-        some = max(least, today.num_redundant_experts)
-        usual = {least, today.num_redundant_experts, some + ep_size}
+            option = "--ep-size" if experts + least > MAX_EXPERTS else "--redundant-experts"
+            raise UsageError(f"{option} is too large: a placement holds at most {MAX_EXPERTS:,} slots")
+        # Today's number, rounded up to one that the ranks divide.
+        some = least + -(-max(0, today.num_redundant_experts - least) // ep_size) * ep_size
         if choices.redundant is None and experts + some + 2 * ep_size <= MAX_EXPERTS:
             found |= _two_more(engine, policies, some + 2 * ep_size, ep_size, today, choices, steps)
-        for redundant in sorted(usual) if choices.redundant is None else choices.redundant:
-            if (experts + redundant) % ep_size or redundant < 0:
-                if choices.redundant is not None or choices.ep_sizes is not None:
-                    notes.append(
-                        f"left out: {experts} experts plus {redundant} redundant ones cannot be divided "
-                        f"evenly among {ep_size} ranks"
-                    )
+        for redundant in {least, some, some + ep_size} if choices.redundant is None else choices.redundant:
+            if beyond := (experts + redundant) % ep_size:
+                fewer, more = redundant - beyond, redundant - beyond + ep_size
+                impossible.append(
+                    f"--redundant-experts {redundant}: {experts + redundant} slots cannot be divided evenly "
+                    f"among {plural(ep_size, 'EP rank')}; use {more if fewer < 0 else f'{fewer} or {more}'}"
+                )
                 continue
             for policy in policies:
                 if policy in FIXED:
@@ -159,7 +160,7 @@ def grid(run: Run, today: Recorded, choices: Choices, steps: int) -> tuple[list[
                     for window, start, conditions in itertools.product(windows, starts, choices.conditions()):
                         found.add(Setting(policy, redundant, ep_size, interval, window, start, **conditions))
     if not found:
-        raise UsageError(notes[0] if notes else "there are no settings to try")
+        raise UsageError(impossible[0] if impossible else "there are no settings to try")
     layers = run.info.num_layers
     uneven = run.history.num_experts(experts, layers).min() < experts  # then any slots hold replicas
     names = choices.dispatches or [today.dispatch]
@@ -173,7 +174,7 @@ def grid(run: Run, today: Recorded, choices: Choices, steps: int) -> tuple[list[
             else [today.dispatch]
         )
     ]
-    return sorted(every, key=setting_order), notes
+    return sorted(every, key=setting_order), [f"left out: {text}" for text in impossible]
 
 
 def usual_intervals(engine: str | None, today: int | None, steps: int) -> list[int]:

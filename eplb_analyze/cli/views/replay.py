@@ -144,7 +144,7 @@ def render(console: Console, result: Replay, top: int = 20) -> None:
     legend += "moved: expert weights that ranks fetched"
     if _costs(result) and not in_ms:
         legend += "; net: time saved, assuming that a step consists only of its experts, less pauses "
-        legend += "beyond today's (! a loss)"
+        legend += "beyond today's (!: these pauses alone cost more than it can save)"
     if any(_is_oracle(outcome) for outcome in result.outcomes):
         legend += (
             "; oracle: not a setting: each step placed by its own loads, without the time to move weights"
@@ -175,8 +175,8 @@ def _today(console: Console, result: Replay) -> None:
             text += result.recorded.dispatch
         print_line(console, text)
     if _costs(result) and result.seconds is not None:
-        step = 1e3 * (result.part.step_seconds or 0.0)
-        console.print(f"these steps took {result.seconds:,.1f} s, {step:,.1f} ms each (the median)")
+        step = 1e3 * (result.step_seconds or 0.0)
+        console.print(f"without pauses, these steps took {result.seconds:,.1f} s, {step:,.1f} ms each")
     console.print()
 
 
@@ -373,8 +373,23 @@ def _net(result: Replay, outcome: Outcome) -> Any:
     net = outcome.net_seconds
     if outcome.setting is None:
         return ""
-    loss = net is not None and net < 0
-    return styled((signed(net, 2) + (" !" if loss else "  "), "bold red" if loss else ""))
+    loses = _loses(result, outcome)
+    return styled((signed(net, 2) + (" !" if loses else "  "), "bold red" if loses else ""))
+
+
+def _loses(result: Replay, outcome: Outcome) -> bool:
+    """Whether pauses beyond today's cost more than it saves if a step consists only of its experts.
+
+    A net loss by tokens alone is not certain: if time depends less on tokens, worse balance costs less.
+    """
+    costs, saved, seconds = (
+        (result.today.cost_seconds, outcome.cost_seconds),
+        outcome.time_saved,
+        result.seconds,
+    )
+    if costs[0] is None or costs[1] is None or saved is None or seconds is None:
+        return False
+    return costs[1] - costs[0] > max(0.0, saved * seconds)
 
 
 def _bounds(console: Console, result: Replay) -> None:

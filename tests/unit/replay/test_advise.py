@@ -293,7 +293,7 @@ def test_fail_below_fails_if_the_balancedness_is_unknown(tmp_path: Path) -> None
     [
         (["--min-gain", "2"], ["--min-gain"]),
         (["--fail-below", "x"], ["--fail-below"]),
-        (["--window-steps", "0"], ["at least 1"]),
+        (["--window-steps", "0"], ["from 1 to"]),
     ],
 )
 def test_malformed_option_is_rejected(tmp_path: Path, arguments: list[str], words: list[str]) -> None:

@@ -237,9 +237,9 @@ def test_options_combine_conditions(dump: Path) -> None:
         ("--max-utilization", "1.5", "not a list of numbers above 0 and up to 1"),
         ("--min-balancedness", "0", "not a list of numbers above 0 and up to 1"),
         ("--min-balancedness", "none,x", "not a list of numbers above 0 and up to 1"),
-        ("--layers-per-step", "0", "not a list of whole numbers of at least 1"),
-        ("--delay-steps", "none", "not a list of whole numbers of at least 0"),
-        ("--max-moves", "-3", "not a list of whole numbers of at least 1"),
+        ("--layers-per-step", "0", "not a list of whole numbers from 1"),
+        ("--delay-steps", "none", "not a list of whole numbers from 0"),
+        ("--max-moves", "-3", "not a list of whole numbers from 1"),
     ],
 )
 def test_malformed_condition_is_rejected(dump: Path, option: str, value: str, says: str) -> None:

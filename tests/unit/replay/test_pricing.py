@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from helpers import cli
 from planted import EXPERTS, LAYERS, RANKS, SLOTS, Planted, record_engine, slowest_work
+from timed_run import write_timed
 
 from eplb_analyze import open_run
 from eplb_analyze.metrics.bootstrap import Interval
@@ -67,6 +68,26 @@ def test_gain_of_a_setting_is_the_planted_time_of_its_placements(
     assert nets == sorted(nets, reverse=True)
 
 
+def test_few_long_steps_count_in_full(tmp_path: Path) -> None:
+    """The median is that of decode steps, but most of the time passes in prefill steps."""
+    truth = write_timed(
+        tmp_path, 0.02, phases=("decode", "decode", "prefill"), slow={"prefill": 50.0}, steps=900
+    )
+    moved = Setting("round_robin", 0, 4, None, None, None)
+    advice = advise(open_run(tmp_path), [moved])
+    played = advice.replay
+    assert played is not None
+    assert played.seconds == pytest.approx(truth.ms.sum() / 1e3, rel=0.02)
+    assert played.step_seconds == pytest.approx(truth.ms.mean() / 1e3, rel=0.02)
+    assert advice.step_ms == pytest.approx(truth.ms[540:].mean(), rel=0.02)
+    assert np.median(truth.ms) < 0.6 * truth.ms.mean()
+    assert advice.best is not None
+    assert advice.best.gain is not None
+    assert advice.best.net_ms_per_step is not None
+    share = advice.best.net_ms_per_step.estimate / truth.ms[540:].mean()
+    assert advice.best.gain.value == pytest.approx(share, rel=0.02)
+
+
 @pytest.mark.parametrize(("pause_ms", "verdict"), [(2.0, "retune"), (900.0, "leave")])
 def test_retune_turns_into_leave_if_pauses_do_not_pay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pause_ms: float, verdict: str
@@ -114,6 +135,25 @@ def test_rearrangements_that_cost_more_than_they_gain_are_switched_off(
     assert advice.best.setting == Setting("static", REDUNDANT, RANKS, None, None, None)
     assert advice.net_ms_per_step is not None
     assert advice.net_ms_per_step.estimate == pytest.approx(8 * 900 / 900, rel=0.05)
+
+
+def test_only_pauses_make_a_loss_certain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By tokens, never rearranging loses, too; but imbalance costs nothing here, so it only saves pauses."""
+    record_engine(tmp_path, monkeypatch, pause_ms=60)
+    options = "--redundant-experts", str(REDUNDANT), "--interval-steps", "20", "--window-steps", "20"
+    command = "replay", "--policy", "deepseek,static", *options, "--objective", "tokens", tmp_path
+    often, never = (
+        next(
+            each for each in json.loads(cli(*command, "--json").stdout)["settings"] if each["policy"] == name
+        )
+        for name in ("deepseek", "static")
+    )
+    assert often["net_seconds"] < 0 < often["time_saved"]
+    assert never["net_seconds"] < 0
+    assert never["cost_seconds"] == 0
+    text = cli(*command).stdout
+    rows = {line.split()[0]: line for line in text.splitlines() if line.startswith(("deepseek", "static"))}
+    assert (rows["deepseek"][-1], rows["static"].rstrip()[-1].isdigit()) == ("!", True)
 
 
 def test_free_imbalance_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -608,14 +608,20 @@ def test_default_grid(dump: Path) -> None:
     }  # fmt: skip
     assert all(s.start == s.interval for s in settings)
     _, notes = grid(run, today, Choices(redundant=[4, 5]), 6400)
-    assert notes == ["left out: 8 experts plus 5 redundant ones cannot be divided evenly among 4 ranks"]
+    assert notes == [
+        "left out: --redundant-experts 5: 13 slots cannot be divided evenly among 4 EP ranks; use 4 or 8"
+    ]
+    # Of another EP size, today's number is rounded up.
+    settings, notes = grid(run, today, Choices(ep_sizes=[3]), 6400)
+    assert notes == []
+    assert {s.num_redundant_experts for s in settings} == {1, 4, 7, 10}
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--interval-steps", "ten"], ["--interval-steps", "whole numbers"]),
-        (["--interval-steps", "0"], ["whole numbers of at least 1"]),
+        (["--interval-steps", "0"], ["whole numbers from 1 to"]),
         (["--window-steps", "5,,6"], ["--window-steps"]),
         (["--redundant-experts", "-1"], ["--redundant-experts"]),
         (["--cost-per-expert-ms", "-1"], ["--cost-per-expert-ms"]),
@@ -634,9 +640,10 @@ def test_malformed_option_is_rejected(dump: Path, arguments: list[str], words: l
     [
         (["--policy", "magic"], ["magic", "deepseek"]),
         (["--policy", "json:nothing"], ["json:nothing"]),
-        (["--redundant-experts", "3"], ["3 redundant ones cannot be divided evenly among 4 ranks"]),
-        (["--redundant-experts", "100000000"], ["65,536 slots"]),
-        (["--ep-size", "100000000"], ["65,536 slots"]),
+        (["--redundant-experts", "3"], ["11 slots", "4 EP ranks; use 0 or 4"]),
+        (["--ep-size", "3", "--redundant-experts", "0"], ["8 slots", "3 EP ranks; use 1"]),
+        (["--redundant-experts", "100000000"], ["--redundant-experts is too large", "65,536 slots"]),
+        (["--ep-size", "100000000"], ["--ep-size is too large", "65,536 slots"]),
         (["--num-groups", "6", "--policy", "deepseek"], ["groups"]),
         (["--steps", "500-599"], ["the run has no steps in 500-599"]),
         (["--run", "zz"], ["no run 'zz'"]),
