@@ -385,7 +385,7 @@ class _Fold:
     def balancedness(self, layer: int, load: npt.NDArray[Any], experts: int) -> formulas.Float64:
         """That of a layer's loads ``[n, slots]`` once they are spread: ``[n]``."""
         weights = spread_evenly(self.old[layer], self.new[layer], self.shape.ep_size, experts)
-        narrow = weights.astype(np.float32)
+        narrow = weights.astype(np.float32) if weights.max() < EXACT_IN_FLOAT32 else weights
         out = np.empty(len(load))
         for low in range(0, len(load), AT_ONCE):
             here = slice(low, low + AT_ONCE)

@@ -15,7 +15,7 @@ from eplb_analyze.metrics.incident_causes import LayerSample
 from eplb_analyze.reader.lost import LostRank, serving
 from eplb_analyze.reader.placements import PlacementHistory
 from eplb_analyze.text import iso
-from eplb_dump.format.journal import Int64, Shape
+from eplb_dump.format.journal import Int64, Shape, rank_loads
 from eplb_dump.format.session import SessionInfo
 
 #: The loads of at least so many of the newest steps are kept: enough to explain a departure that began up to
@@ -84,7 +84,7 @@ class RecentLoads:
         same = [(part, here) for part, here in inside if part.shape == shape]
         steps = [part.steps[here] for part, here in same]
         loads = [part.load[here, layer].astype(np.int64) for part, here in same]
-        by_rank = [load.reshape(len(load), shape.ep_size, -1).sum(axis=2) for load in loads]
+        by_rank = [rank_loads(load, shape.ep_size) for load in loads]
         full = [i for i, load in enumerate(loads) if load.shape[1] == shape.num_physical_experts]
         none = np.empty(0, np.int64)
         return LayerWindow(

@@ -84,7 +84,7 @@ class Neighborhoods:
         last = max([high, *(around[-1:] + 1).tolist()])
         near = slice(first, last)
         span, others = step[near], changed
-        if len(span):
+        if len(span):  # else its time is not known
             edges = np.searchsorted(self._changes, [span[0] - MARGIN, span[-1] + MARGIN + 1])
             others = self._changes[slice(*edges.tolist())]
         return measure(span, self._ms[near], self._kind[near], changed, others)

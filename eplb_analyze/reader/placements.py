@@ -362,7 +362,7 @@ def spread_evenly(old: Int32, new: Int32, ep_size: int, num_logical_experts: int
     """How replicas split their expert's tokens evenly, in whole numbers, so that sums are exact.
 
     ``load [steps, slots of old] @ result`` are tokens per rank under ``new``, times the least common multiple
-    of the numbers of replicas.
+    of the numbers of replicas. If a float cannot hold that, times another number, and sums are rounded.
 
     Args:
         old: the placement under which the slots got their tokens.
@@ -373,7 +373,8 @@ def spread_evenly(old: Int32, new: Int32, ep_size: int, num_logical_experts: int
     """
     held = holdings(new, ep_size, num_logical_experts)
     copies = np.maximum(1, held.sum(axis=0))
-    weights = held.T * (float(math.lcm(*set(copies.tolist()))) / copies)[:, np.newaxis]
+    times = float(min(math.lcm(*set(copies.tolist())), 1 << 53))
+    weights = held.T * (times / copies)[:, np.newaxis]
     return np.where((old == EMPTY_SLOT)[:, np.newaxis], 0.0, weights[old])
 
 

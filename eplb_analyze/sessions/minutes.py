@@ -13,8 +13,8 @@ import numpy as np
 
 from eplb_analyze.sessions.parquet_segment import NO_TURN, ROWS_BYTES, ParquetSegment
 from eplb_analyze.sessions.segments import Segment, layers_at_once, reading_faults
-from eplb_dump.format.journal import Int64, Shape
-from eplb_dump.format.minutes import NO_CUTS, Minutes, MinutesBuilder, rank_loads
+from eplb_dump.format.journal import Int64, Shape, rank_loads
+from eplb_dump.format.minutes import NO_CUTS, Minutes, MinutesBuilder
 from eplb_dump.format.schema import Scope
 from eplb_dump.format.session import SessionInfo
 

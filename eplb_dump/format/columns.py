@@ -24,7 +24,7 @@ _DTYPES = {
 }
 
 
-def column(
+def number_column(
     values: npt.NDArray[Any], kind: pa.DataType, unknown: npt.NDArray[np.bool_] | None = None
 ) -> pa.Array:
     """``values`` ``[rows]`` as a column of this type, null where they are ``unknown``.
@@ -66,7 +66,9 @@ def ragged_column(values: Iterable[npt.NDArray[Any]], kind: pa.ListType) -> pa.A
 
 
 def _lists(offsets: npt.NDArray[np.int32], flat: npt.NDArray[Any], kind: pa.ListType) -> pa.Array:
-    return pa.ListArray.from_arrays(column(offsets, pa.int32()), column(flat, kind.value_type), type=kind)
+    return pa.ListArray.from_arrays(
+        number_column(offsets, pa.int32()), number_column(flat, kind.value_type), type=kind
+    )
 
 
 def values_of(array: pa.Array, unknown: float = -1) -> npt.NDArray[Any]:

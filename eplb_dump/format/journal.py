@@ -206,6 +206,23 @@ def narrow(load: npt.NDArray[Any], largest: int) -> npt.NDArray[Any]:
     return out
 
 
+def rank_loads(load: Loads, ep_size: int) -> Int64:
+    """The sum over each EP rank's slots, of loads ``[..., num_physical_experts]``."""
+    # Over few slots, einsum is three times as fast as sum.
+    slots = load.reshape(*load.shape[:-1], ep_size, load.shape[-1] // ep_size)
+    ranks: Int64 = np.einsum("...s->...", slots, dtype=np.int64)
+    return ranks
+
+
+def sums_from(load: Loads, starts: Int64) -> Int64:
+    """The sums over the steps from each start to the next: ``[len(starts), num_physical_experts]``.
+
+    ``load``: one layer's ``[n, num_physical_experts]``.
+    """
+    # Three times as fast as reduceat, which casts value by value.
+    return np.stack([part.sum(axis=0, dtype=np.int64) for part in np.split(load, starts[1:])])
+
+
 def phase_codes(phases: Sequence[str | None]) -> tuple[npt.NDArray[np.int16], tuple[str, ...]]:
     """Each step's phase as an index into the distinct names, -1 if it has none; and the names."""
     names = tuple(name for name in dict.fromkeys(phases) if name is not None)

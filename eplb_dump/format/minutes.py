@@ -16,9 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from eplb_dump.format.columns import column as arrow_column
-from eplb_dump.format.columns import list_column, list_values, text_column, values_of
-from eplb_dump.format.journal import Int64, Loads, PlacementRows, Shape, StepRows, phase_codes
+from eplb_dump.format.columns import list_column, list_values, number_column, text_column, values_of
+from eplb_dump.format.journal import Int64, Loads, PlacementRows, Shape, StepRows, phase_codes, sums_from
 from eplb_dump.format.schema import (
     MAX_NUMBER,
     MINUTES_SCHEMA,
@@ -116,7 +115,7 @@ class Minutes:
         unknown = None
         if field.nullable:
             unknown = np.isnan(values) if values.dtype.kind == "f" else values < 0
-        return arrow_column(values, field.type, unknown)
+        return number_column(values, field.type, unknown)
 
     @classmethod
     def from_table(cls, table: pa.Table, shape: Shape | None) -> Minutes:
@@ -198,23 +197,6 @@ def top_slots(shape: Shape) -> int:
     return min(TOP_SLOTS, shape.num_physical_experts)
 
 
-def rank_loads(load: Loads, ep_size: int) -> Int64:
-    """The sum over each EP rank's slots, of loads ``[..., num_physical_experts]``."""
-    # Over few slots, einsum is three times as fast as sum.
-    slots = load.reshape(*load.shape[:-1], ep_size, load.shape[-1] // ep_size)
-    ranks: Int64 = np.einsum("...s->...", slots, dtype=np.int64)
-    return ranks
-
-
-def sums_from(load: Loads, starts: Int64) -> Int64:
-    """The sums over the steps from each start to the next: ``[len(starts), num_physical_experts]``.
-
-    ``load``: one layer's ``[n, num_physical_experts]``.
-    """
-    # Three times as fast as reduceat, which casts value by value.
-    return np.stack([part.sum(axis=0, dtype=np.int64) for part in np.split(load, starts[1:])])
-
-
 NO_CUTS: Int64 = np.empty(0, np.int64)
 
 
@@ -286,7 +268,7 @@ class MinutesBuilder:
 
         Args:
             load: its ``[len(load_steps), num_physical_experts]``.
-            ranks: what :func:`rank_loads` makes of it.
+            ranks: what :func:`~eplb_dump.format.journal.rank_loads` makes of it.
         """
         shape = self._shape
         assert shape is not None

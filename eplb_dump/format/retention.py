@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute  # Table.take imports it when it first needs it; a fork must not meet an import
 import pyarrow.parquet as pq
 
-from eplb_dump.format.columns import column, values_of
+from eplb_dump.format.columns import number_column, values_of
 from eplb_dump.format.files import discard, publish, remove, temporary
 from eplb_dump.format.journal import Int64
 from eplb_dump.format.manifest import Manifest, SealedSegment, Thinned, append_manifest, rewrite_manifest
@@ -397,7 +397,7 @@ def _last_of_each_layer(placements: pa.Table) -> pa.Array:
     step, layer = _int64(placements, "step"), _int64(placements, "layer")
     order = np.lexsort((step, layer))
     ends = np.flatnonzero(np.diff(layer[order], append=-1))
-    return column(np.sort(order[ends]), pa.int64())
+    return number_column(np.sort(order[ends]), pa.int64())
 
 
 def _int64(table: pa.Table, name: str) -> Int64:

@@ -21,16 +21,25 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from eplb_dump.format.columns import column, list_column, ragged_column, text_column
+from eplb_dump.format.columns import list_column, number_column, ragged_column, text_column
 from eplb_dump.format.files import discard, fsync_file, publish, remove, temporary
-from eplb_dump.format.journal import Int64, JournalSegment, Loads, PlacementRows, Shape, StepRows
+from eplb_dump.format.journal import (
+    Int64,
+    JournalSegment,
+    Loads,
+    PlacementRows,
+    Shape,
+    StepRows,
+    rank_loads,
+    sums_from,
+)
 from eplb_dump.format.manifest import (
     ExpertSums,
     SealedFile,
     SealedSegment,
     append_manifest,
 )
-from eplb_dump.format.minutes import MinutesBuilder, rank_loads, sums_from
+from eplb_dump.format.minutes import MinutesBuilder
 from eplb_dump.format.notable import Notable
 from eplb_dump.format.schema import (
     METADATA_KEY,
@@ -92,15 +101,15 @@ def loads_table(
 
     Args:
         load: ``[len(layers), len(step), num_physical]``.
-        ranks: what :func:`~eplb_dump.format.minutes.rank_loads` makes of it.
+        ranks: what :func:`~eplb_dump.format.journal.rank_loads` makes of it.
     """
     schema = loads_schema(load.dtype).with_metadata(metadata)
     count, n, ep_size = ranks.shape
     return pa.Table.from_arrays(
         [
-            column(np.tile(step, count), pa.int64()),
-            column(np.repeat(np.array(layers, np.int32), n), pa.int32()),
-            column(np.full(count * n, ep_size, np.int32), pa.int32()),
+            number_column(np.tile(step, count), pa.int64()),
+            number_column(np.repeat(np.array(layers, np.int32), n), pa.int32()),
+            number_column(np.full(count * n, ep_size, np.int32), pa.int32()),
             list_column(ranks.reshape(count * n, -1), schema.field("rank_load").type),
             list_column(load.reshape(count * n, -1), schema.field("load").type),
         ],
@@ -112,14 +121,14 @@ def steps_table(rows: StepRows, metadata: dict[bytes, bytes] | None = None) -> p
     schema = SCHEMAS["steps"].with_metadata(metadata)
     return pa.Table.from_arrays(
         [
-            column(rows.step, pa.int64()),
-            column(rows.time_ns, schema.field("time").type),
-            column(rows.monotonic_ns, pa.int64()),
+            number_column(rows.step, pa.int64()),
+            number_column(rows.time_ns, schema.field("time").type),
+            number_column(rows.monotonic_ns, pa.int64()),
             text_column(rows.status, STATUS_LABELS),
-            column(rows.num_tokens, pa.int64(), rows.num_tokens < 0),
+            number_column(rows.num_tokens, pa.int64(), rows.num_tokens < 0),
             text_column(rows.phase, rows.phases),
-            column(rows.step_ms, pa.float32(), np.isnan(rows.step_ms)),
-            column(rows.device_ms, pa.float32(), np.isnan(rows.device_ms)),
+            number_column(rows.step_ms, pa.float32(), np.isnan(rows.step_ms)),
+            number_column(rows.device_ms, pa.float32(), np.isnan(rows.device_ms)),
         ],
         schema=schema,
     )
@@ -129,9 +138,9 @@ def placements_table(rows: PlacementRows, layers: list[int], metadata: dict[byte
     schema = SCHEMAS["placements"].with_metadata(metadata)
     return pa.Table.from_arrays(
         [
-            column(rows.step, pa.int64()),
-            column(np.array(layers, np.int32)[rows.layer], pa.int32()),
-            column(rows.ep_size, pa.int32()),
+            number_column(rows.step, pa.int64()),
+            number_column(np.array(layers, np.int32)[rows.layer], pa.int32()),
+            number_column(rows.ep_size, pa.int32()),
             ragged_column(rows.physical_to_logical, schema.field("physical_to_logical").type),
         ],
         schema=schema,

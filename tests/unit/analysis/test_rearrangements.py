@@ -16,12 +16,14 @@ from reference import per_step
 
 from eplb_analyze import open_run
 from eplb_analyze.analysis.placement import placement_report
-from eplb_analyze.analysis.rearrangements import RearrangementFigures, rearrangement_report
+from eplb_analyze.analysis.rearrangements import RearrangementFigures, _Fold, rearrangement_report
 from eplb_analyze.analysis.summary import summarize
 from eplb_analyze.metrics import bootstrap
 from eplb_analyze.metrics.bootstrap import Ratio
+from eplb_analyze.sessions.step_range import StepRange
 from eplb_analyze.text import milliseconds, plural
 from eplb_dump import ExpertLoadWriter
+from eplb_dump.format.journal import Shape
 
 LOGICAL, EP_SIZE, SLOTS = 8, 4, 12
 
@@ -520,3 +522,19 @@ def test_pause_and_gain_that_are_not_measurable_say_why(
     assert document["break_even_steps"] is None
     assert "fewer than 100 steps" in document["gain_ms_reason"]
     assert "gain in ms not measurable: fewer" in " ".join(cli("rearrangements", tmp_path).stdout.split())
+
+
+@pytest.mark.parametrize("most", [7, 103, 750])
+def test_loads_are_spread_over_any_numbers_of_replicas(most: int) -> None:
+    """Of many primes, the least common multiple is too large for a float32, and then for any float."""
+    primes = [n for n in range(2, most + 1) if all(n % d for d in range(2, n))]
+    new = np.repeat(np.arange(len(primes), dtype=np.int32), primes)
+    new = np.append(new, np.full(-len(new) % 4, len(primes), np.int32))
+    rng = np.random.default_rng(most)
+    old, load = rng.permutation(new), rng.integers(0, 1000, (9, len(new)))
+    fold = _Fold(StepRange(0, 9), Shape(4, 1, len(new)), [old], [new])
+    found = fold.balancedness(0, load.astype(np.int32), len(primes) + 1)
+    logical = np.stack([np.bincount(old, row, len(primes) + 1) for row in load])
+    copies = np.bincount(new, minlength=len(primes) + 1)
+    ranks = (logical / np.maximum(copies, 1))[:, new].reshape(9, 4, -1).sum(axis=2)
+    assert found == pytest.approx(ranks.mean(axis=1) / ranks.max(axis=1), rel=1e-9)

@@ -10,7 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eplb_dump.format.columns import column, list_column, list_values, ragged_column, text_column, values_of
+from eplb_dump.format.columns import (
+    list_column,
+    list_values,
+    number_column,
+    ragged_column,
+    text_column,
+    values_of,
+)
 from eplb_dump.format.schema import FormatError
 
 KINDS: dict[pa.DataType, Any] = {
@@ -27,10 +34,10 @@ def test_numbers_are_what_arrow_makes_of_them(data: st.DataObject, kind: pa.Data
     rows = data.draw(st.lists(st.one_of(st.none(), KINDS[kind]), max_size=40))
     unknown = np.array([row is None for row in rows], np.bool_)
     values = np.array([row or 0 for row in rows], kind.to_pandas_dtype())
-    made = column(values, kind, unknown)
+    made = number_column(values, kind, unknown)
     made.validate(full=True)
     assert made.equals(pa.array(rows, kind))
-    assert column(values, kind).equals(pa.array(values, kind))
+    assert number_column(values, kind).equals(pa.array(values, kind))
     first = data.draw(st.integers(0, len(rows)))
     found = values_of(made.slice(first), -1)
     assert found.dtype == values.dtype
@@ -54,9 +61,9 @@ def test_lists_are_what_arrow_makes_of_them(lists: list[list[int]]) -> None:
 
 
 def test_number_that_the_type_cannot_hold_is_refused() -> None:
-    assert column(np.array([2**31 - 1], np.int64), pa.int32()).to_pylist() == [2**31 - 1]
+    assert number_column(np.array([2**31 - 1], np.int64), pa.int32()).to_pylist() == [2**31 - 1]
     with pytest.raises(FormatError, match="does not fit into int32"):
-        column(np.array([2**31], np.int64), pa.int32())
+        number_column(np.array([2**31], np.int64), pa.int32())
 
 
 def test_list_with_a_null_is_refused() -> None:

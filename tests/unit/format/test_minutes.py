@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference import per_step
 
-from eplb_dump.format.journal import Int64, PlacementRows, Shape, StepRows
-from eplb_dump.format.minutes import BINS, FORMULAS, MINUTE_NS, SCALES, Minutes, MinutesBuilder, rank_loads
+from eplb_dump.format.journal import Int64, PlacementRows, Shape, StepRows, rank_loads
+from eplb_dump.format.minutes import BINS, FORMULAS, MINUTE_NS, SCALES, Minutes, MinutesBuilder
 from eplb_dump.format.schema import MINUTES_SCHEMA, FormatError, Status
 
 L, R, SLOTS = 3, 2, 4
