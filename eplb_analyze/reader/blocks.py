@@ -328,8 +328,8 @@ class Block:
         if not uses:
             return
         layers = range(self._shape().num_moe_layers) if layers is None else layers
-        # A thread reads the next layers meanwhile. Threads that shared the layers would be no faster: numpy
-        # computes in short calls, and after each of them the interpreter lock changes hands.
+        # A thread reads the next layers meanwhile. Threads that shared the layers were no faster on two
+        # cores: numpy computes in short calls, after each of which the interpreter lock changes hands.
         for first, loads in prefetch(self.stored_parts(None, layers.start, layers.stop)):
             for layer, load in enumerate(loads, first):
                 for use in uses:

@@ -382,14 +382,11 @@ def _loses(result: Replay, outcome: Outcome) -> bool:
 
     A net loss by tokens alone is not certain: if time depends less on tokens, worse balance costs less.
     """
-    costs, saved, seconds = (
-        (result.today.cost_seconds, outcome.cost_seconds),
-        outcome.time_saved,
-        result.seconds,
-    )
-    if costs[0] is None or costs[1] is None or saved is None or seconds is None:
+    today, own = result.today.cost_seconds, outcome.cost_seconds
+    saved, seconds = outcome.time_saved, result.seconds
+    if today is None or own is None or saved is None or seconds is None:
         return False
-    return costs[1] - costs[0] > max(0.0, saved * seconds)
+    return own - today > max(0.0, saved * seconds)
 
 
 def _bounds(console: Console, result: Replay) -> None:
