@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
+from eplb_analyze.distinct import distinct
 from eplb_analyze.errors import Finding
 from eplb_analyze.metrics.formulas import Float64
 from eplb_analyze.reader.run import Run
@@ -173,5 +174,5 @@ def _token_findings(stated: Int64) -> Iterator[Finding]:
 
 
 def steps_text(steps: npt.ArrayLike) -> str:
-    unique = np.unique(steps)
+    unique = distinct(np.asarray(steps))
     return f"{len(unique):,} steps, starting at step {unique[0]}" if len(unique) > 1 else f"step {unique[0]}"

@@ -9,6 +9,7 @@ import numpy as np
 
 from eplb_analyze.analysis.cost import NO_TIMES
 from eplb_analyze.analysis.milliseconds import Milliseconds
+from eplb_analyze.distinct import distinct
 from eplb_analyze.metrics import pauses
 from eplb_analyze.metrics.bootstrap import Interval
 from eplb_analyze.metrics.formulas import Float64
@@ -133,7 +134,7 @@ class StepClock:
         step, ms, kind = times
         known = np.isfinite(ms)
         usual = np.full(len(step), np.median(ms[known]))
-        for phase in np.unique(kind[known]).tolist():
+        for phase in distinct(kind[known]).tolist():
             usual[kind == phase] = np.median(ms[known & (kind == phase)])
         # Whether a step is recorded when it begins or when it ends, its phase is one of these two.
         usual[1:] = np.maximum(usual[1:], usual[:-1])

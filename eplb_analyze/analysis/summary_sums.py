@@ -9,6 +9,7 @@ from eplb_analyze.analysis.conservation import Conservation
 from eplb_analyze.analysis.cost_sample import CostSample, Sampling
 from eplb_analyze.analysis.incident_series import BalanceValues, looked_at, steps_per_value
 from eplb_analyze.analysis.pauses import StepClock
+from eplb_analyze.distinct import distinct
 from eplb_analyze.metrics import formulas
 from eplb_analyze.metrics.formulas import FORMULAS, Terms
 from eplb_analyze.metrics.losses import Bins, Losses, windows
@@ -197,7 +198,7 @@ class SummarySums:
         complete = block.state == StepState.RECORDED
         self.conservation.add(block.recorded, terms.recorded, block.num_tokens[complete])
         phase = block.phase[complete]
-        for code in np.unique(phase[phase >= 0]):
+        for code in distinct(phase[phase >= 0]):
             of_phase = self.phases.setdefault(block.phases[code], PhaseSums())
             of_phase.add(phase == code, terms, self.values["balancedness"][-1])
 

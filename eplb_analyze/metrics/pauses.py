@@ -10,6 +10,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
+from eplb_analyze.distinct import distinct
 from eplb_analyze.metrics.bootstrap import MIN_STEPS, Interval, standard_error
 from eplb_analyze.metrics.cost import WAITED
 from eplb_analyze.metrics.formulas import Float64
@@ -48,8 +49,9 @@ def measure(step: Int64, ms: Float64, kind: Int64, changed: Int64, others: Int64
     if len(usual) < MIN_STEPS:
         return f"{plural(len(usual), 'step')} around it with a known time, but {MIN_STEPS} are needed"
     # An engine that waits for its device records a step when it ends, others when it begins.
+    kinds = [kind] if (kind == kind[0]).all() else [kind, np.roll(kind, 1)]
     residuals = min(
-        (_residuals(ms, each, usual) for each in (kind, np.roll(kind, 1))),
+        (_residuals(ms, each, usual) for each in kinds),
         key=lambda found: float(np.abs(found[usual]).mean()),
     )
     deviation = float(np.median(np.abs(residuals[usual]))) / 0.6745
@@ -98,7 +100,7 @@ def beside(step: Int64, changed: Int64) -> Bool:
 def _residuals(ms: Float64, kind: Int64, usual: Int64) -> Float64:
     """The time beyond the median of usual steps of the same kind; of all if that has few."""
     out = ms - np.median(ms[usual])
-    for each in np.unique(kind[usual]).tolist():
+    for each in distinct(kind[usual]).tolist():
         same = usual[kind[usual] == each]
         if len(same) >= MIN_STEPS:
             out[kind == each] = ms[kind == each] - np.median(ms[same])

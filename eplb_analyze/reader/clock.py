@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from eplb_analyze.distinct import distinct
 from eplb_analyze.errors import NotInDumpError, UsageError
 from eplb_analyze.parallel import ordered_map
 from eplb_analyze.reader.join import Source, overlapping_segments
@@ -140,7 +141,7 @@ class RunClock:
         """
         unix, since = np.full(len(steps), -1, np.int64), np.full(len(steps), np.nan)
         group_of = np.maximum(0, np.searchsorted(self._first, steps, side="right") - 1)
-        for number in np.unique(group_of).tolist():
+        for number in distinct(group_of).tolist():
             times, here = self._times(number), np.flatnonzero(group_of == number)
             if not len(times.step):
                 continue
@@ -464,7 +465,7 @@ def _median(group: Iterable[Source]) -> _Times:
             return np.empty(0, np.int64), np.empty(0, np.int64)
 
     rows = list(ordered_map(read, group, requests_at_once(group[0].segment.path)))
-    step = np.unique(np.concatenate([own for _, (own, _) in rows]))
+    step = distinct(np.concatenate([own for _, (own, _) in rows]))
     ranks = sorted({source.rank for source in group})
     recorded, between = (np.full((len(ranks), len(step)), _MISSING, np.int64) for _ in range(2))
     # A rank's newest session counts.

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from eplb_analyze.distinct import distinct
 from eplb_analyze.reader.lost import LostRank, full, ranks_lost_at, reduced, serving_ranks
 from eplb_analyze.sessions.discovery import Session
 from eplb_analyze.sessions.segments import Segment
@@ -178,7 +179,7 @@ def join_rows(
         initial: the ep_size to expect if no shape is known.
         lost: ranks that a step without them does not lack.
     """
-    step = np.unique(np.concatenate([part.rows.step for part in parts]))
+    step: Int64 = distinct(np.concatenate([part.rows.step for part in parts]))
     n = len(step)
     status = np.full((len(ranks), n), ABSENT, np.uint8)
     owner = np.full((len(ranks), n), -1, np.int32)
@@ -203,7 +204,7 @@ def join_rows(
         phase_code = np.array([*map(phases.index, rows.phases), -1], np.int64)
         # Of several rows of one rank for a step the weightiest counts; of equals, the newest session's.
         weight = STATUS_WEIGHT[rows.status]
-        for level in np.unique(weight):
+        for level in distinct(weight):
             chosen = np.flatnonzero(weight == level)
             at = np.searchsorted(step, rows.step[chosen])
             free = STATUS_WEIGHT[status[row, at]] <= level
@@ -291,7 +292,7 @@ def _without_lost(
         if low == high:
             continue
         gone = ranks_lost_at(int(step[low]), lost)
-        for index in np.unique(shape[low:high]) if gone else ():
+        for index in distinct(shape[low:high]) if gone else ():
             fewer = reduced(shapes[index], gone) if index >= 0 else None
             if fewer is not None and fewer not in shapes:
                 shapes.append(fewer)
@@ -310,7 +311,7 @@ def _states(
 ) -> Status8:
     """Each step's :class:`StepState`, from the ranks' statuses and the step's shape."""
     state = np.full(status.shape[1], StepState.INCOMPLETE, np.uint8)
-    for index in np.unique(shape):
+    for index in distinct(shape):
         columns = np.flatnonzero(shape == index)
         needed = {*(serving_ranks(shapes[index]) if index >= 0 else range(initial_ep_size))}
         expected = [i for i, rank in enumerate(ranks) if rank in needed]

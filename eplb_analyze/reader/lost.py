@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from eplb_analyze.distinct import distinct
 from eplb_analyze.sessions.discovery import Session
 from eplb_analyze.sessions.segments import Segment
 from eplb_analyze.sessions.step_range import NO_END, StepRange
@@ -151,7 +152,7 @@ def _parts(session: Session, segment: Segment, others: Sequence[Segment]) -> Ite
         yield StepRange(first, end)
         return
     rows = segment.steps()
-    own = np.unique(rows.step[(rows.status == Status.RECORDED) | (rows.status == Status.DUMMY)])
+    own = distinct(rows.step[(rows.status == Status.RECORDED) | (rows.status == Status.DUMMY)])
     theirs = [s.load_steps() for s in others if s.first_step < end and s.last_step >= first]
     lacking = np.setdiff1d(np.concatenate([np.empty(0, np.int64), *theirs]), own)
     lacking = lacking[(lacking >= first) & (lacking < end)]

@@ -15,6 +15,7 @@ from helpers import ROOT
 ROWS = [
     {
         "eplb_dump.format",
+        "eplb_analyze.distinct",
         "eplb_analyze.errors",
         "eplb_analyze.json_report",
         "eplb_analyze.text",
