@@ -166,7 +166,7 @@ KILLS = """
     maps = [(np.arange(256) + np.arange(4)[:, None] + n) % 192 for n in range(2)]
     for number in range(count):
         shared = mmap.mmap(-1, 16)
-        every, scope, kept = rng.choice([20, 80]), rng.choice(["local", "global"]), rng.randint(800, 1600)
+        every, scope, kept = rng.choice([20, 80]), rng.choice(["local", "global"]), rng.randint(400, 800)
         pid = os.fork()
         if pid == 0:
             writer = open_writer(f"{root}/{number}", scope=scope, ep_size=8 if scope == "global" else 1,

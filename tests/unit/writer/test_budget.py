@@ -233,12 +233,12 @@ def test_invalid_variable_keeps_no_engine_from_starting(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
-    max_bytes=st.integers(SMALL_BUDGET // 2, SMALL_BUDGET),
+    max_bytes=st.integers(SMALL_BUDGET // 4, SMALL_BUDGET // 2),
     ep_size=st.sampled_from([EP_SIZE, 4 * SLOTS]),
     most=st.sampled_from([200, 60_000, 2**31 - 1]),
     scope=st.sampled_from(["local", "global"]),
     segment_steps=st.sampled_from([20, 100_000]),
-    every=st.sampled_from([1, 17, 400]),
+    every=st.sampled_from([1, 17, 200]),
     flush_every=st.sampled_from([3, 40]),
     seed=st.integers(0, 1000),
 )
@@ -254,7 +254,7 @@ def test_bound_holds_at_every_moment_and_every_step_is_accounted_for(
 ) -> None:
     """``every``: after so many steps the placement changes."""
     truth: dict[int, Array] = {}
-    steps = 400
+    steps = 200
     loads = [np.random.default_rng(n).integers(0, most, (LAYERS, 4 * SLOTS)) for n in range(50)]
     maps = [np.tile(map_of(n), 4) for n in range(LOGICAL)]
     with tempfile.TemporaryDirectory() as root:
