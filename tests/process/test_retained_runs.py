@@ -10,9 +10,8 @@ import json
 import os
 import random
 import shutil
-import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -449,38 +448,53 @@ def state_of(dump: Path) -> dict[str, tuple[int, int]]:
 # ---- kills
 
 PRUNE = """
-    import sys, time
+    # Prunes the dumps that stdin names, each in a fork, which is killed after so many seconds, if they are
+    # given. Prints how long it took, or null if it was killed.
+    import json, os, signal, sys, time
     from pathlib import Path
     from eplb_analyze.transfer.prune import prune_dump
     from eplb_analyze.transfer.retention.plan import Policy
     day = 86_400 * 10**9
     policy = Policy(keep_full=3 * day, keep_ranks=5 * day, keep_minutes=9 * day)
-    print("ready", flush=True)
-    sys.stdin.readline()
-    began = time.monotonic()
-    prune_dump(Path(sys.argv[1]), policy)
-    print(time.monotonic() - began, flush=True)
+    for line in sys.stdin:
+        dump, kill_after = json.loads(line)
+        began = time.monotonic()
+        pid = os.fork()
+        if pid == 0:
+            prune_dump(Path(dump), policy)
+            os._exit(0)
+        if kill_after is not None:
+            time.sleep(kill_after)
+            os.kill(pid, signal.SIGKILL)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        assert code in (0, -signal.SIGKILL), code
+        print(json.dumps(None if code else time.monotonic() - began), flush=True)
 """
 
 
-def prune_in_child(dump: Path, kill_after: float | None = None) -> float | None:
+@pytest.fixture
+def prune_in_fork() -> Iterator[Callable[..., float | None]]:
     """Prune in another process, and kill it after so many seconds. Returns how long it took, if it ended."""
-    with start_child(PRUNE, dump) as child:
+    with start_child(PRUNE) as child:
         assert child.stdin is not None
         assert child.stdout is not None
-        assert child.stdout.readline() == "ready\n"
-        child.stdin.write("\n")
-        child.stdin.flush()
-        if kill_after is not None:
-            time.sleep(kill_after)
-            child.send_signal(signal.SIGKILL)
-        said = child.stdout.readline()
-        child.wait()
-        return float(said) if said else None
+        stdin, stdout = child.stdin, child.stdout
+
+        def prune(dump: Path, kill_after: float | None = None) -> float | None:
+            stdin.write(json.dumps([str(dump), kill_after]) + "\n")
+            stdin.flush()
+            took: float | None = json.loads(stdout.readline())
+            return took
+
+        yield prune
+        assert child.communicate() == ("", "")
+    assert child.returncode == 0
 
 
 @pytest.mark.parametrize("kills", [8, pytest.param(120, marks=pytest.mark.long)])
-def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(kills: int, tmp_path: Path) -> None:
+def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(
+    kills: int, tmp_path: Path, prune_in_fork: Callable[..., float | None]
+) -> None:
     now = time.time_ns()
     start = tmp_path / "start"
     ages = [20, 12, 8, 6, 4, 2]
@@ -490,7 +504,7 @@ def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(kills: int, tmp_
     for number in range(3):
         aged_session(start, f"old{number}", [now - (30 + number) * DAY] * 2)
     done = Path(shutil.copytree(start, tmp_path / "done"))
-    took = prune_in_child(done)
+    took = prune_in_fork(done)
     assert took is not None
     chance = random.Random(kills)
     expected = sorted((name, size) for name, (size, _) in state_of(done).items() if name != "pruned.jsonl")
@@ -498,12 +512,12 @@ def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(kills: int, tmp_
     for _ in range(kills):
         dump = Path(shutil.copytree(start, tmp_path / "dump"))
         for _ in range(chance.choice([1, 1, 2])):
-            killed += prune_in_child(dump, chance.uniform(0, took)) is None
+            killed += prune_in_fork(dump, chance.uniform(0, took)) is None
             for folder in dump.glob("run=*/*/*/*"):
                 for entry in manifest_of(folder).entries.values():
                     for file in entry.files.values():
                         assert (folder / file.name).stat().st_size == file.bytes
-        assert prune_in_child(dump) is not None
+        assert prune_in_fork(dump) is not None
         found = sorted((name, size) for name, (size, _) in state_of(dump).items() if name != "pruned.jsonl")
         assert found == expected
         log = [json.loads(line)["run"] for line in (dump / "pruned.jsonl").read_text().splitlines()]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import enum
+import functools
 import importlib
 import inspect
 import json
@@ -187,14 +188,17 @@ def _kind_of(value: Any) -> str:
     return names.get(type(value), "null")
 
 
-def _sources(cls: type) -> Iterator[tuple[type, list[str], ast.ClassDef]]:
+@functools.cache
+def _sources(cls: type) -> list[tuple[type, list[str], ast.ClassDef]]:
     """The classes of a report, bases first, with their lines and syntax trees."""
+    found = []
     for base in reversed(cls.__mro__):
         if base.__module__.startswith("eplb_"):
             text = textwrap.dedent(inspect.getsource(base))
             tree = ast.parse(text).body[0]
             assert isinstance(tree, ast.ClassDef)
-            yield base, text.splitlines(), tree
+            found.append((base, text.splitlines(), tree))
+    return found
 
 
 def _comment(lines: list[str], line: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -80,10 +81,16 @@ MODULES = modules()
 each_module = pytest.mark.parametrize("name", MODULES)
 
 
+@functools.cache
+def tree(name: str) -> ast.Module:
+    return ast.parse(MODULES[name].read_text())
+
+
+@functools.cache
 def imports(name: str) -> set[str]:
     """The modules that a module imports, anywhere in it."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+    for node in ast.walk(tree(name)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -141,9 +148,7 @@ def test_files_are_renamed_and_removed_in_one_module(name: str) -> None:
     """:mod:`eplb_dump.format.files` syncs the folder; without that, a power cut undoes it."""
     if name in UNSYNCED:
         return
-    called = [
-        node.func for node in ast.walk(ast.parse(MODULES[name].read_text())) if isinstance(node, ast.Call)
-    ]
+    called = [node.func for node in ast.walk(tree(name)) if isinstance(node, ast.Call)]
     calls = {ast.unparse(func) for func in called if isinstance(func, ast.Attribute)}
     calls -= {"cast(Remote, path).unlink"}  # an object in a bucket
     assert not {call for call in calls if call.endswith((".unlink", ".rename"))}
@@ -152,7 +157,7 @@ def test_files_are_renamed_and_removed_in_one_module(name: str) -> None:
 
 @each_module
 def test_module_says_what_lives_there(name: str) -> None:
-    assert ast.get_docstring(ast.parse(MODULES[name].read_text())), name
+    assert ast.get_docstring(tree(name)), name
 
 
 @pytest.mark.parametrize(

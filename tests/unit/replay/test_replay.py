@@ -103,22 +103,22 @@ def logical(step: int) -> Array:
 DEALS = 60
 
 
-def tokens(loads: Array, slots: Array, ranks: int, rng: np.random.Generator) -> list[list[int]]:
-    """Tokens of each layer and rank, each token on any of its expert's slots."""
-    found = []
+def tokens(loads: Array, slots: Array, ranks: int, rng: np.random.Generator) -> list[list[list[int]]]:
+    """Tokens of each deal, layer and rank, each token on any of its expert's slots."""
+    per_slot = np.zeros((DEALS, *slots.shape), np.int64)
     for layer in range(LAYERS):
-        per_slot = np.zeros(len(slots[layer]), np.int64)
         for expert in set(slots[layer].tolist()) - {-1}:
             at = np.flatnonzero(slots[layer] == expert)
-            per_slot[at] = rng.multinomial(loads[layer, expert], [1 / len(at)] * len(at))
-        found.append(per_slot.reshape(ranks, -1).sum(axis=1).tolist())
+            share = [1 / len(at)] * len(at)
+            per_slot[:, layer, at] = rng.multinomial(loads[layer, expert], share, size=DEALS)
+    found: list[list[list[int]]] = per_slot.reshape(DEALS, LAYERS, ranks, -1).sum(axis=3).tolist()
     return found
 
 
 def dealt(placed: list[tuple[Array, Array]], ranks: int) -> tuple[float, float]:
     """Balancedness and idle fraction of steps given by logical loads and placement, dealt many times."""
     rng = np.random.default_rng(0)
-    return figures([tokens(*step, ranks, rng) for _ in range(DEALS) for step in placed])
+    return figures([deal for step in placed for deal in tokens(*step, ranks, rng)])
 
 
 def figures(per_step: list[list[list[int]]]) -> tuple[float, float]:
@@ -142,6 +142,7 @@ def moves(old: Array, new: Array, ranks: int) -> list[int]:
     return fetched
 
 
+@functools.cache
 def replay_in_loops(setting: Setting) -> tuple[list[tuple[int, Array]], tuple[float, float]]:
     """A setting replayed step by step: its placements and figures."""
     slots = LOGICAL + setting.num_redundant_experts
