@@ -51,7 +51,7 @@ def spin(seconds: float) -> None:
 
 
 def measure(call: Callable[[int], object], steps: int, before: Callable[[], None]) -> Any:
-    """Microseconds of each call, without the first tenth and those that return -1: their step was dropped."""
+    """Microseconds of each call, without the first tenth; NaN if it returned -1: its step was dropped."""
     took = np.full(steps, np.nan)
     for i in range(steps):
         before()
@@ -59,8 +59,7 @@ def measure(call: Callable[[int], object], steps: int, before: Callable[[], None
         taken = call(i)
         if not isinstance(taken, int) or taken > 0:
             took[i] = time.perf_counter_ns() - start
-    took = took[steps // 10 :] / 1e3
-    return took[~np.isnan(took)]
+    return took[steps // 10 :] / 1e3
 
 
 def burst(call: Callable[[int], object], calls: int, after: Callable[[], object]) -> Any:
@@ -76,11 +75,12 @@ def burst(call: Callable[[int], object], calls: int, after: Callable[[], object]
 
 
 class Took(NamedTuple):
-    """Microseconds of a call; ``ratio``: of the medians, to the bare copy's."""
+    """Microseconds of the calls whose step was not dropped; ``ratio``: of the medians, to the bare copy's."""
 
     p50: float
     p99: float
     ratio: float
+    dropped: int
 
 
 #: By what was called, in the order of calls.
@@ -89,11 +89,13 @@ Rows = dict[str, Took]
 
 def line(rows: Rows, name: str, took: Any, base: Any | None = None) -> None:
     """Add a row and print it."""
-    p50, p99, worst = (float(value) for value in np.percentile(took, [50, 99, 100]))
-    rows[name] = Took(p50, p99, 1.0 if base is None else p50 / float(np.percentile(base, 50)))
-    ratio = "" if base is None else f"   {rows[name].ratio:5.2f}x bare"
+    kept = took[~np.isnan(took)]
+    p50, p99, worst = (float(value) for value in np.percentile(kept, [50, 99, 100]))
+    ratio_to_bare = 1.0 if base is None else p50 / float(np.percentile(base, 50))
+    rows[name] = Took(p50, p99, ratio_to_bare, len(took) - len(kept))
+    ratio = "" if base is None else f"   {ratio_to_bare:5.2f}x bare"
     print(
-        f"{name:46s} {len(took):5d} p50 {p50:8.1f} µs   p99 {p99:8.1f} µs   max {worst:8.0f} µs{ratio}",
+        f"{name:46s} {len(kept):5d} p50 {p50:8.1f} µs   p99 {p99:8.1f} µs   max {worst:8.0f} µs{ratio}",
         flush=True,
     )
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import multiprocessing
+import os
 import subprocess
 import sys
 import tempfile
@@ -40,9 +41,9 @@ def record_cpu(quick: bool) -> Iterator[Figure]:
         yield Figure(
             f"`record`, CPU {name}, one step every 2 ms of busy Python",
             "p50 ≤ 20 µs, p99 ≤ 100 µs",
-            f"{took.p50:.1f} µs, p99 {took.p99:.0f} µs",
+            f"{took.p50:.1f} µs, p99 {took.p99:.0f} µs, {took.dropped} steps dropped",
             f"a bare copy into a host buffer: {bare.p50:.1f} µs, p99 {bare.p99:.0f} µs",
-            took.p50 <= 20 and took.p99 <= 100,
+            took.p50 <= 20 and took.p99 <= 100 and not took.dropped,
         )
 
 
@@ -51,26 +52,61 @@ def record_cuda(quick: bool) -> Iterator[Figure]:
 
     from benchmarks import hot_path
 
-    goal = "≤ 1.5x a bare copy and event"
+    goal = "≤ 1.5x a bare copy and event in every run"
     if not torch.cuda.is_available():
-        yield Figure("`record`, CUDA tensors", goal, "not measured: no CUDA device", "", None)
+        for what, own in (
+            ("`record`, CUDA tensors", goal),
+            ("synchronizations", "0"),
+            ("steps dropped by a pure-Python engine thread at 500 steps/s", "0"),
+        ):
+            yield Figure(what, own, "not measured: no CUDA device", "", None)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        rows = hot_path.cuda(folder, "cuda", 600 if quick else 3000, 2.0)
-    synchronous = rows["busy: .cpu(), as SGLang's per-pass recorder"]
-    for state, name in (
-        ("back to back", "bare copy_ + event.record()"),
-        ("idle", "bare copy_(non_blocking) + event.record()"),
-        ("busy", "bare copy_(non_blocking) + event.record()"),
+    runs = []
+    for _ in range(1 if quick else 3):
+        with tempfile.TemporaryDirectory() as folder:
+            runs.append(hot_path.cuda(folder, "cuda", 600 if quick else 3000, 2.0))
+    for state, what, name in (
+        ("back to back", "record", "bare copy_ + event.record()"),
+        ("idle", "record", "bare copy_(non_blocking) + event.record()"),
+        ("busy", "record", "bare copy_(non_blocking) + event.record()"),
+        ("idle", "begin_step and record", "bare copy_(non_blocking) + event.record()"),
+        ("busy", "begin_step and record", "bare copy_(non_blocking) + event.record()"),
     ):
-        took, bare = rows[f"{state}: record"], rows[f"{state}: {name}"]
+        took, bare = ([rows[f"{state}: {own}"] for rows in runs] for own in (what, name))
+        synchronous = [rows["busy: .cpu(), as SGLang's per-pass recorder"] for rows in runs]
         yield Figure(
-            f"`record`, CUDA tensors, {state}",
+            f"`{what.replace(' and ', '` and `')}`, CUDA tensors, {state}",
             goal,
-            f"{took.ratio:.2f}x, {took.p50:.1f} µs, p99 {took.p99:.0f} µs",
-            f"a bare copy and event: {bare.p50:.1f} µs; a synchronous copy: {synchronous.p50:,.0f} µs",
-            took.ratio <= 1.5,
+            f"{_range([t.ratio for t in took], '.2f')}x, {_range([t.p50 for t in took], '.1f')} µs, "
+            f"p99 {_range([t.p99 for t in took], '.0f')} µs",
+            f"a bare copy and event: {_range([t.p50 for t in bare], '.1f')} µs; "
+            f"a synchronous copy: {_range([t.p50 for t in synchronous], ',.0f')} µs",
+            max(t.ratio for t in took) <= 1.5,
         )
+    # Torch's check raises in `hot_path`, but sees only torch's own calls. Who waits for a device that is busy
+    # for 2 ms takes as long as a synchronous copy.
+    slow = max(rows["busy: record"].p99 for rows in runs)
+    least = min(rows["busy: .cpu(), as SGLang's per-pass recorder"].p50 for rows in runs)
+    yield Figure(
+        "synchronizations",
+        "0",
+        f"none that torch sees; behind a kernel of 2 ms, p99 is {slow:.0f} µs",
+        f"a synchronous copy: {least:,.0f} µs",
+        slow < least / 2,
+    )
+    dropped = [rows["idle: record"].dropped for rows in runs]
+    yield Figure(
+        "steps dropped by a pure-Python engine thread at 500 steps/s",
+        "0",
+        f"{sum(dropped)} in {len(runs)} runs",
+        "",
+        not sum(dropped),
+    )
+
+
+def _range(values: list[float], form: str) -> str:
+    low, high = format(min(values), form), format(max(values), form)
+    return low if low == high else f"{low} to {high}"
 
 
 def engine(_quick: bool) -> Iterator[Figure]:
@@ -86,7 +122,7 @@ def engine(_quick: bool) -> Iterator[Figure]:
 def loop(quick: bool) -> Iterator[Figure]:
     from benchmarks import writer
 
-    found = writer.loop(5 if quick else 25, 60)
+    found = writer.loop(*((3, 60) if quick else (15, 400)))
     for name in ("pure Python", "torch matmul"):
         low, middle, high = found[name, "writer on"]
         control = found[name, "control: off, off, off"]
@@ -129,19 +165,30 @@ def reading(quick: bool) -> Iterator[Figure]:
     from benchmarks import analyze
 
     steps, repeat = (4000, 1) if quick else (STEPS, 5)
+    # The goals are for two processors; the commands would use more, and the peers would not.
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
     with tempfile.TemporaryDirectory() as folder:
+        analyze.apart(analyze.make, short := Path(folder) / "short", steps // 4)
+        _, memory_of_short = analyze.measure([analyze.program(), "summary", str(short)], repeat)
         analyze.apart(analyze.make, dump := Path(folder) / "dump", steps)
         found = analyze.compare(dump, repeat)
     decode = found["decode"][0]
-    peer = f"pyarrow decodes `load` in {decode:.2f} s"
+    peer = f"pyarrow decodes `load` on one thread in {decode:.2f} s"
     seconds, memory = found["summary"]
     duckdb = found.get("DuckDB: of rank_load")
     yield Figure(
         f"`summary`, {steps:,} steps",
-        "as fast as DuckDB's balancedness alone; ≤ 200 MiB",
-        f"{seconds:.2f} s, {memory:.0f} MiB",
+        "as fast as DuckDB's balancedness alone",
+        f"{seconds:.2f} s",
         "DuckDB is not installed" if duckdb is None else f"DuckDB: {duckdb[0]:.2f} s, {duckdb[1]:.0f} MiB",
-        None if duckdb is None else seconds <= duckdb[0] and memory <= 200,
+        None if duckdb is None else seconds <= duckdb[0],
+    )
+    yield Figure(
+        "… its memory",
+        "≤ 200 MB (191 MiB), and flat",
+        f"{memory:.0f} MiB",
+        f"of {steps // 4:,} steps: {memory_of_short:.0f} MiB",
+        memory <= 200e6 / 2**20 and memory <= 1.1 * memory_of_short,
     )
     for name, most in (("experts", 1.2), ("rearrangements", 1.5)):
         seconds, memory = found[name]
@@ -181,10 +228,10 @@ def planted_incidents(quick: bool) -> Iterator[Figure]:
     tally, alarms = incidents.evaluate(incidents.by_sums, runs, runs, incidents.CELLS)
     right, counted = tally.right.total(), tally.counted.total()
     yield Figure(
-        "planted incidents found: edges within 2 steps, right layer, rank and expert",
+        "planted incidents found: edges within 2 steps, right layer, rank, expert and cause",
         "≥ 95%",
         f"{right / counted:.1%} ({right} of {counted})",
-        "",
+        f"{tally.planted.total()} were planted; the effect of the others is too small to count",
         right / counted >= 0.95,
     )
     yield Figure(
@@ -198,11 +245,13 @@ def planted_costs(quick: bool) -> Iterator[Figure]:
 
     tallies = cost.evaluate("fitted", cost.fitted, runs=60 if quick else 600)
     flat = tallies.pop("flat")
-    covered, known = sum(t.covered for t in tallies.values()), sum(t.known for t in tallies.values())
+    covered, known, phases = (
+        sum(getattr(t, what) for t in tallies.values()) for what in ("covered", "known", "phases")
+    )
     yield Figure(
         "planted costs inside the 95% interval",
         "90 to 98%",
-        f"{covered / known:.1%} ({covered} of {known})",
+        f"{covered / known:.1%} of {known}; {phases - known} of {phases} were not identifiable",
         ", ".join(f"{kind} {t.covered / t.known:.1%}" for kind, t in tallies.items()),
         0.90 <= covered / known <= 0.98,
     )
@@ -215,15 +264,15 @@ def planted_costs(quick: bool) -> Iterator[Figure]:
     )
 
 
+SUITE, SUITE_GOAL = "the whole test suite, with installs", "≤ 8 min on two cores"
+
+
 def suite(_quick: bool) -> Iterator[Figure]:
     start = time.perf_counter()
     failed = subprocess.run(["sh", ".ci/run"], stdin=subprocess.DEVNULL, check=False).returncode
     minutes = (time.perf_counter() - start) / 60
     verdict = "all pass" if not failed else "some FAIL"
-    yield Figure(
-        "the whole test suite, with installs", "≤ 8 min on two cores", f"{minutes:.1f} min, {verdict}", "",
-        not failed and minutes <= 8,
-    )  # fmt: skip
+    yield Figure(SUITE, SUITE_GOAL, f"{minutes:.1f} min, {verdict}", "", not failed and minutes <= 8)
 
 
 GROUPS: dict[str, Callable[[bool], Iterator[Figure]]] = {
@@ -270,6 +319,8 @@ def main() -> None:
                 figures.append(Figure(name, "", reason.rstrip(": "), "", met=False))
         # All of it takes long: what is known so far must not be lost if it is ended.
         print(table(figures[known:]), file=sys.stderr, flush=True)
+    if not args.suite and args.only == groups:
+        figures.append(Figure(SUITE, SUITE_GOAL, "not measured: `--suite` runs it", "", None))
     print(described, table(figures), sep="\n\n")
 
 

@@ -68,6 +68,11 @@ def calibrated(step: Callable[[int], None], seconds: float) -> int:
         work *= 2
 
 
+#: A round with the writer on is preceded by so many seconds that are not timed: the writer's flush interval,
+#: at the end of which its threads have as much to do as they get.
+LEAD_SECONDS = 1.0
+
+
 def loop(rounds: int, steps: int) -> dict[tuple[str, str], tuple[float, float, float]]:
     """How much longer a round takes, percent: lower quartile, median and upper quartile, by what was on."""
     found = {}
@@ -95,30 +100,43 @@ def loop(rounds: int, steps: int) -> dict[tuple[str, str], tuple[float, float, f
                 writer.record(None, batch[i % 64], placement)
         return time.perf_counter() - start
 
+    def recorded(step: Callable[[], None], writer: ExpertLoadWriter | None) -> float:
+        """A round with the writer on. Its background work is done before the next round, which has it off."""
+        if writer is None:
+            return timed(step, None)
+        begun = time.perf_counter()
+        while time.perf_counter() - begun < LEAD_SECONDS:  # until its threads have as much to do as they get
+            step()
+            writer.record(None, batch[0], placement)
+        took = timed(step, writer)
+        assert writer.flush(60)
+        while (stats := writer.stats()).segments_sealed < stats.recorded // sealing:
+            time.sleep(0.01)
+        return took
+
+    # A segment holds 2,048 steps by default, which few rounds would seal. So each round has its share.
+    sealing = max(1, steps // 2)
     print(f"a loop of 5 ms steps, {rounds} rounds of {steps} off, on, off; quartiles in brackets")
     for name, step in (
         ("pure Python", lambda: python_step(work)),
         ("torch matmul", lambda: torch_step(pair)),
     ):
-        for state in ("control: off, off, off", "writer on", "writer on, sealing all the time"):
-            sealing = 60 if state.endswith("time") else 2048
+        for state in ("control: off, off, off", "writer on"):
             ratios = []
             with tempfile.TemporaryDirectory() as folder:
                 writer = None if state.startswith("control") else open_writer(folder, segment_steps=sealing)
-                timed(step, writer)
+                recorded(step, writer)
                 # Off, on, off: the machine's own drift cancels out.
                 for _ in range(rounds):
-                    before, on, after = timed(step, None), timed(step, writer), timed(step, None)
+                    before, on, after = timed(step, None), recorded(step, writer), timed(step, None)
                     ratios.append(100 * (on / ((before + after) / 2) - 1))
-                dropped = 0 if writer is None else writer.stats().dropped
+                stats = None if writer is None else writer.stats()
                 if writer is not None:
                     writer.close(60)
             low, middle, high = statistics.quantiles(ratios, n=4)
             found[name, state] = low, middle, high
-            print(
-                f"{name:13s} {state:32s} {middle:+6.2f}% [{low:+.2f} … {high:+.2f}], {dropped} dropped",
-                flush=True,
-            )
+            counted = "" if stats is None else f", {stats.segments_sealed} sealed, {stats.dropped} dropped"
+            print(f"{name:13s} {state:22s} {middle:+6.2f}% [{low:+.2f} … {high:+.2f}]{counted}", flush=True)
     return found
 
 
@@ -275,12 +293,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=["loop", "sustained", "size", "counts", "hour"])
-    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--seconds", type=float, default=20.0)
     args = parser.parse_args()
     if args.what == "loop":
-        loop(args.rounds, args.steps or 60)
+        loop(args.rounds, args.steps or 400)
     elif args.what == "sustained":
         sustained(args.seconds)
     elif args.what == "size":
