@@ -46,13 +46,13 @@ except SystemExit as end:
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, file=sys.stderr)
 """
 
-#: Decodes a file again and again, on one thread, once a line comes in.
+#: Decodes the sums of ranks of a file again and again, on one thread, once a line comes in.
 DECODING = """
 import sys
 import pyarrow.parquet as pq
 def decode(times):
     for _ in range(times):
-        pq.read_table(sys.argv[1], use_threads=False)
+        pq.read_table(sys.argv[1], columns=["rank_load"], use_threads=False)
 decode(2)
 print("ready", flush=True)
 sys.stdin.readline()
@@ -76,7 +76,7 @@ def measure(
     return min(seconds), own
 
 
-def decoding(file: Path, processes: int, times: int = 300) -> float:
+def decoding(file: Path, processes: int, times: int = 100) -> float:
     """The seconds in which each of so many processes decodes a file so many times."""
     command = [sys.executable, "-c", DECODING, str(file), str(times)]
     started = [
@@ -143,7 +143,7 @@ def figures(quick: bool) -> Iterator[Figure]:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         copies(root / "many", runs, 2000)
-        limit = limits(next((root / "many").rglob("steps-*.parquet")), [most], 2)[most]
+        limit = limits(next((root / "many").rglob("loads-*.parquet")), [most], 2)[most]
         make_long(root / "long", long, most)
         for what, share, name in (
             (f"{runs} runs of 2,000 steps", 12 / 16, "many"),
@@ -250,7 +250,7 @@ def main() -> None:
             start = time.perf_counter()
             make_long(root / "long", args.long, args.writers)
             print(f"the long run was recorded in {time.perf_counter() - start:.0f} s", flush=True)
-        limits(next(root.rglob("steps-*.parquet")), counts, args.repeat)
+        limits(next(root.rglob("loads-*.parquet")), counts, args.repeat)
         for name, title in (
             ("many", f"{args.runs} runs of {args.steps:,} steps"),
             ("long", f"one run of {args.long:,} steps"),
