@@ -25,6 +25,8 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+import numpy.ma  # noqa: F401 - np.unique imports it when it is first called; a fork must not meet an import
+
 from eplb_dump import process, rendezvous
 from eplb_dump.accounting import QUEUE_IS_FULL, Accounting, WriterStats
 from eplb_dump.budget import Retention, Space

@@ -235,7 +235,7 @@ class Block:
     ) -> Iterator[tuple[int, npt.NDArray[Any]]]:
         """:meth:`rank_load_parts` without a copy: int32 if the counts fit, else int64."""
         width = self._shape().ep_size
-        for low, high, pieces in self._pieces(lambda s, *layers: s.rank_loads(*layers), steps, first, last):
+        for low, high, pieces in self._pieces(lambda s, *which: s.rank_loads(*which), steps, first, last):
             yield low, self._sum(pieces, steps, high - low, width).transpose(1, 0, 2)
 
     def load_parts(
@@ -295,7 +295,7 @@ class Block:
         Pieces are read when they are taken, one after another, so that many ranks' files need the memory
         of one. Take them before the next layers.
         """
-        return self._pieces(lambda s, *layers: s.loads(*layers), steps, first, last)
+        return self._pieces(lambda s, *which: s.loads(*which), steps, first, last)
 
     def _pieces(
         self, read: Read, steps: Int64 | None, first: int, last: int | None
@@ -304,7 +304,7 @@ class Block:
         shape = self._shape()
         last = shape.num_moe_layers if last is None else last
         cursors = [
-            (_Cursor(segment, read), here, there)
+            (_Cursor(segment, read, slice(int(there[0]), int(there[-1]) + 1)), here, there - there[0])
             for segment, here, there in self.matches(self.recorded if steps is None else steps)
         ]
         longest = max((len(cursor.segment.load_steps()) for cursor, _, _ in cursors), default=1)
@@ -547,17 +547,17 @@ def _narrow(load: npt.NDArray[Any]) -> npt.NDArray[Any]:
 #: Called with a layer's index and its loads in the complete steps: int32 or int64 ``[steps, physical]``.
 UseLayer = Callable[[int, npt.NDArray[Any]], object]
 #: A segment's ``loads`` or ``rank_loads``, from one layer to another.
-Read = Callable[[Segment, int, int], Generator[tuple[int, npt.NDArray[Any]], None, None]]
+Read = Callable[[Segment, int, int, slice], Generator[tuple[int, npt.NDArray[Any]], None, None]]
 #: Values of a segment ``[layers, n, width]``, index into the steps asked for, index into the ``n``.
 Piece = tuple[npt.NDArray[Any], Int64, Int64]
 
 
 class _Cursor:
-    """Reads layers of a segment in ascending order; each row group is decoded once."""
+    """Reads layers of a segment in ascending order, in some steps; each row group is decoded once."""
 
-    def __init__(self, segment: Segment, read: Read) -> None:
+    def __init__(self, segment: Segment, read: Read, steps: slice) -> None:
         self.segment = segment
-        self._read = read
+        self._read, self._steps = read, steps
         self._first = self._last = 0
         self._values: npt.NDArray[Any] = np.empty(0)
 
@@ -574,7 +574,7 @@ class _Cursor:
         return taken[0] if len(taken) == 1 else np.concatenate(taken)
 
     def _next(self, first: int, last: int) -> None:
-        with contextlib.closing(self._read(self.segment, first, last)) as parts:
+        with contextlib.closing(self._read(self.segment, first, last, self._steps)) as parts:
             part = next(parts, None)
         if part is None or not part[0] <= first < part[0] + len(part[1]):
             reason = "it has fewer layers than it states"

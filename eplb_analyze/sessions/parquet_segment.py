@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from eplb_analyze.sessions.parquet_lists import read_lists
 from eplb_analyze.sessions.parquet_pages import decoded_bytes
-from eplb_analyze.sessions.segments import DamagedSegmentError, Parts, reading_faults, require_regular
+from eplb_analyze.sessions.segments import EVERY, DamagedSegmentError, Parts, reading_faults, require_regular
 from eplb_analyze.storage import bucket
 from eplb_analyze.storage import path as places
 from eplb_analyze.storage.path import StoragePath
@@ -364,32 +364,33 @@ class ParquetSegment:
         assert self.shape is not None
         return self._info.layer_numbers(self.shape.num_moe_layers)
 
-    def _by_layers(self, column: str, width: int, first: int, last: int) -> Parts[Any]:
-        """``(layer, values [layers, n, width])`` of the layers asked for, by row groups."""
-        steps, name = self.load_steps(), self._by_step
-        n, path = len(steps), self.file_path(name)
+    def _by_layers(self, column: str, width: int, first: int, last: int, steps: slice) -> Parts[Any]:
+        """``(layer, values [layers, n, width])`` of the layers and steps asked for, by row groups."""
+        name = self._by_step
+        n, path = len(self.load_steps()), self.file_path(name)
+        begin, end, _ = steps.indices(n)
         layer = 0
         for group in _groups(self._metadata[name]) if n else ():
             count = group.num_rows // n
             if layer < last and layer + count > first:
                 chunk = next(c for c in _columns(group) if c.path_in_schema.split(".")[0] == column)
                 low, high = max(first, layer), min(last, layer + count)
-                rows = (low - layer) * n, (high - layer) * n
+                rows = (low - layer) * n + begin, (high - 1 - layer) * n + end
                 # Many ranks are read together, so no file stays open between row groups.
                 with reading_faults(self, name, path), places.open_for_arrow(path) as source:
                     values = read_lists(source.read_at, chunk, width, rows)
-                yield low, values.reshape(high - low, n, width)
+                yield low, _layers_of(values, high - low, n, end - begin)
             layer += count
 
-    def rank_loads(self, first: int, last: int) -> Parts[Any]:
+    def rank_loads(self, first: int, last: int, steps: slice = EVERY) -> Parts[Any]:
         assert self.shape is not None
-        return self._by_layers("rank_load", self.shape.ep_size, first, last)
+        return self._by_layers("rank_load", self.shape.ep_size, first, last, steps)
 
-    def loads(self, first: int, last: int) -> Parts[Any]:
+    def loads(self, first: int, last: int, steps: slice = EVERY) -> Parts[Any]:
         assert self.shape is not None
         if not self.has_loads:
             raise ValueError("loads of experts are no longer kept in this segment")
-        return self._by_layers("load", self.shape.num_physical_experts, first, last)
+        return self._by_layers("load", self.shape.num_physical_experts, first, last, steps)
 
     def verify(self, table: str) -> None:
         """Read the whole file of a table, which checks every checksum in it. Raises DamagedSegmentError."""
@@ -524,6 +525,17 @@ def _milliseconds(array: pa.Array | None, n: int) -> Float32:
     if impossible_ms(values):
         raise FormatError("it holds a duration that is negative or infinite")
     return values
+
+
+def _layers_of(values: npt.NDArray[Any], layers: int, n: int, count: int) -> npt.NDArray[Any]:
+    """The first ``count`` of every ``n`` rows, by layer: ``[layers, count, width]``, not a copy.
+
+    ``values``: ``[(layers - 1) * n + count, width]``.
+    """
+    row, cell = values.strides
+    return np.lib.stride_tricks.as_strided(
+        values, (layers, count, values.shape[1]), (n * row, row, cell), writeable=False
+    )
 
 
 def _codes(array: pa.DictionaryArray) -> tuple[npt.NDArray[np.int64], list[str]]:

@@ -37,6 +37,10 @@ Scalar = TypeVar("Scalar", bound=np.generic)
 Parts = Generator[tuple[int, npt.NDArray[Scalar]], None, None]
 
 
+#: All steps of a segment.
+EVERY = slice(None)
+
+
 class DamagedSegmentError(DumpError):
     """A table of a segment cannot be read; the text names the file and what is wrong with it.
 
@@ -83,15 +87,18 @@ class Segment(Protocol):
         ...
 
     def load_steps(self) -> Int64: ...
-    def rank_loads(self, first: int, last: int) -> Parts[Any]:
+    def rank_loads(self, first: int, last: int, steps: slice = EVERY) -> Parts[Any]:
         """Sums per rank of layers ``first`` to ``last - 1``, as they lie together in the file.
 
         Yields ``(layer, int32 or int64 [layers, n, ep_size])`` in order. Reads with a handle of its own, so
         that threads can share a segment.
+
+        Args:
+            steps: which of :meth:`load_steps`, without gaps; few of one layer are read faster than all.
         """
         ...
 
-    def loads(self, first: int, last: int) -> Parts[Any]:
+    def loads(self, first: int, last: int, steps: slice = EVERY) -> Parts[Any]:
         """Likewise the physical experts' loads: ``(layer, int32 or int64 [layers, n, physical])``.
 
         Raises ValueError if ``has_loads`` is False.
@@ -128,7 +135,7 @@ class OpenSegment:
     def load_steps(self) -> Int64:
         return self._journal.load_steps
 
-    def loads(self, first: int, last: int) -> Parts[Any]:
+    def loads(self, first: int, last: int, steps: slice = EVERY) -> Parts[Any]:
         shape = self.shape
         assert shape is not None
         at_once = layers_at_once(len(self.load_steps()), shape)
@@ -136,12 +143,12 @@ class OpenSegment:
             # The journal's file has one position, which threads would share.
             with reading_faults(self, "loads", self.path), self._reading:
                 values = self._journal.read_layers(layer, min(layer + at_once, last))
-            yield layer, values
+            yield layer, values[:, steps]
 
-    def rank_loads(self, first: int, last: int) -> Parts[Any]:
+    def rank_loads(self, first: int, last: int, steps: slice = EVERY) -> Parts[Any]:
         shape = self.shape
         assert shape is not None
-        for layer, load in self.loads(first, last):
+        for layer, load in self.loads(first, last, steps):
             by_rank = load.reshape(*load.shape[:2], shape.ep_size, -1)
             yield layer, by_rank.sum(axis=3, dtype=np.int64)
 

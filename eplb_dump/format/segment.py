@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import numpy.ma  # pyarrow imports it when it first needs it; a fork must not meet an import
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
