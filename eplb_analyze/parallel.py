@@ -6,8 +6,10 @@ import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
 
 #: More threads than this are no faster, and each holds a few row groups.
 MAX_WORKERS = 4
@@ -37,6 +39,13 @@ def limit_workers(threads: int) -> None:
     _max_workers = threads
 
 
+def thread_pool(threads: int) -> ThreadPoolExecutor:
+    """A pool of threads. Its module is imported only by a command that needs one."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    return ThreadPoolExecutor(threads)
+
+
 def ordered_map(
     work: Callable[[Item], Result], items: Iterable[Item], threads: int | None = None
 ) -> Generator[tuple[Item, Result], None, None]:
@@ -50,7 +59,7 @@ def ordered_map(
     if threads <= 1:
         yield from ((item, work(item)) for item in items)
         return
-    with ThreadPoolExecutor(threads) as pool:
+    with thread_pool(threads) as pool:
         yield from ordered_results(lambda item: pool.submit(work, item), items, threads)
 
 
@@ -87,7 +96,7 @@ def one_ahead(
     if num_workers() == 1:
         yield from ordered_map(work, items)
         return
-    with ThreadPoolExecutor(1) as pool:
+    with thread_pool(1) as pool:
         yield from ordered_results(lambda item: pool.submit(work, item), items, 1)
 
 

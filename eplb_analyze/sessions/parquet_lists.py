@@ -32,7 +32,12 @@ _TYPES: dict[str, np.dtype[Any]] = {"INT32": np.dtype(np.int32), "INT64": np.dty
 
 
 def read_lists(
-    read_at: Callable[[int, int], bytes], column: Any, width: int, rows: tuple[int, int] | None = None
+    read_at: Callable[[int, int], bytes],
+    column: Any,
+    width: int,
+    rows: tuple[int, int] | None = None,
+    *,
+    at_once: bool = False,
 ) -> npt.NDArray[Any]:
     """The values of a column chunk whose every list must have ``width`` values: ``[lists, width]``.
 
@@ -42,6 +47,7 @@ def read_lists(
         read_at: ``(count, offset)`` reads from the file.
         column: its :class:`pyarrow.parquet.ColumnChunkMetaData`, of the verified footer.
         rows: the half-open range of lists to return; pages without any of them are skipped. Default all.
+        at_once: call ``read_at`` once, as each call is a request; by default for each page that is needed.
 
     Returns: int32, or int64 if a value needs it.
 
@@ -53,18 +59,21 @@ def read_lists(
     start, end = extent(column)
     if end - start > column.num_values * (dtype.itemsize + LEVEL_BYTES) + HEADERS_BYTES:
         raise FormatError("its lists take more bytes than their values can need")
-    chunk = memoryview(read_at(end - start, start))
-    if len(chunk) != end - start:
-        raise FormatError("it ends before its last page")
+    if at_once:
+        chunk = read_at(end - start, start)
+
+        def read_at(count: int, at: int) -> bytes:
+            return chunk[at - start : at - start + count]
+
     low, high = (0, column.num_values) if rows is None else (rows[0] * width, rows[1] * width)
     values: npt.NDArray[Any] = np.empty(high - low, np.int32)
     at = 0  # the first value of the page
-    for page in pages(lambda count, place: bytes(chunk[place - start : place - start + count]), column):
+    for page in pages(read_at, column):
         count = page.values(BYTE_STREAM_SPLIT)
         if at + count > column.num_values:
             raise FormatError("the lengths of its lists do not match the manifest")
         if at < high and at + count > low:
-            stored = chunk[page.at - start : page.at - start + page.stored]
+            stored = read_at(min(page.stored, end - page.at), page.at)
             planes = _used(_planes(page, stored, dtype.itemsize, count, width, at % width))
             if len(planes) > values.itemsize:
                 values = values.astype(np.int64)
@@ -76,7 +85,7 @@ def read_lists(
     return values.reshape(-1, width)
 
 
-def _planes(page: Page, stored: memoryview, itemsize: int, count: int, width: int, first: int) -> Bytes:
+def _planes(page: Page, stored: bytes, itemsize: int, count: int, width: int, first: int) -> Bytes:
     """The bytes of a page's values, the lowest of each first: ``[itemsize, count]``.
 
     ``first``: the place of the first value in its list.

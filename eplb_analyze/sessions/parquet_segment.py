@@ -94,6 +94,8 @@ class ParquetSegment:
         self.cut = False
         #: Footers that were verified, by table.
         self._metadata: dict[str, pq.FileMetaData] = {}
+        #: The session's metadata in the last of these footers.
+        self._session: object = None
         self._load_steps: Int64 | None = None
 
     @property
@@ -156,7 +158,9 @@ class ParquetSegment:
         own = json.loads((metadata.metadata or {}).get(METADATA_KEY, b"null"))
         if not isinstance(own, dict) or own.get("seq") != self.seq or own.get("table") != table:
             raise FormatError("it is not the file that the manifest lists")
-        SessionInfo.from_dict(own["session"])
+        if own["session"] != self._session:  # nearly always the same in each file
+            SessionInfo.from_dict(own["session"])
+            self._session = own["session"]
         rows = self._entry.files[table].rows
         # A newer minor version may add columns.
         columns = [field for field in _plain(file.schema_arrow) if field.name in SCHEMAS[table].names]
@@ -355,7 +359,8 @@ class ParquetSegment:
                 "layer": (numbers[layer], numbers[layer + count - 1]) if count else (),
             }
             for column in _columns(group):
-                wanted, found = edges.get(column.path_in_schema), column.statistics
+                wanted = edges.get(column.path_in_schema)
+                found = None if wanted is None else column.statistics
                 if rest or (wanted is not None and (found is None or (found.min, found.max) != wanted)):
                     raise FormatError("its rows are not ordered by layer and step")
             layer += count
@@ -378,7 +383,8 @@ class ParquetSegment:
                 rows = (low - layer) * n + begin, (high - 1 - layer) * n + end
                 # Many ranks are read together, so no file stays open between row groups.
                 with reading_faults(self, name, path), places.open_for_arrow(path) as source:
-                    values = read_lists(source.read_at, chunk, width, rows)
+                    remote = isinstance(path, bucket.Remote)
+                    values = read_lists(source.read_at, chunk, width, rows, at_once=remote)
                 yield low, _layers_of(values, high - low, n, end - begin)
             layer += count
 

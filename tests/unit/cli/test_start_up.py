@@ -26,7 +26,7 @@ SCRIPT = """
     ("command", "forbidden"),
     [
         (["summary"], MINUTES),
-        (["layer", "1", "--step", "4"], COST + MINUTES),
+        (["layer", "1", "--step", "4"], [*COST, *MINUTES, "concurrent.futures", "numpy.ma"]),
         (["timeline"], MINUTES),
         (["rearrangements"], MINUTES),
         (["report", "--output", "FILE"], MINUTES),

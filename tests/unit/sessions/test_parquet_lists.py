@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from eplb_analyze.sessions import parquet_lists
 from eplb_analyze.sessions.parquet_lists import read_lists
-from eplb_analyze.sessions.parquet_pages import Page
+from eplb_analyze.sessions.parquet_pages import HEADER_BYTES, Page
 from eplb_dump.format.columns import list_column
 from eplb_dump.format.schema import FormatError
 from eplb_dump.format.segment import _open_parquet
@@ -96,6 +96,31 @@ def test_only_pages_with_wanted_rows_are_decoded(tmp_path: Path, monkeypatch: py
     assert every > 10
     assert np.array_equal(read(path, 6, rows=(500, 501)), values[500:501])
     assert len(decoded) - every <= 2
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_only_headers_are_read_of_other_pages_unless_a_read_is_a_request(
+    at_once: bool, tmp_path: Path
+) -> None:
+    values = np.random.default_rng(0).integers(0, 2**31 - 1, (4000, 6), np.int32)
+    path = write(tmp_path / "file", lists_of(values), data_page_size=8000, write_batch_size=500)
+    content = path.read_bytes()
+    column = pq.read_metadata(path).row_group(0).column(0)
+    count = sum(1 for _ in parquet_lists.pages(lambda n, at: content[at : at + n], column))
+    reads: list[int] = []
+
+    def read_at(count: int, at: int) -> bytes:
+        reads.append(count)
+        return content[at : at + count]
+
+    found = read_lists(read_at, column, 6, (2000, 2001), at_once=at_once)
+    assert np.array_equal(found, values[2000:2001])
+    if at_once:
+        assert reads == [column.total_compressed_size]
+    else:
+        most = 2 * column.total_compressed_size // count  # as much as two pages, on average
+        assert count > 10
+        assert sum(reads) <= HEADER_BYTES * count + 2 * most
 
 
 @settings(max_examples=300)
