@@ -33,7 +33,7 @@ from eplb_analyze.reader.placements import PlacementHistory
 from eplb_analyze.sessions.step_range import StepRange
 from eplb_dump import ExpertLoadWriter
 
-STEPS, SEGMENT, LAYERS, EXPERTS, SLOTS, EP_SIZE = 240, 32, 3, 6, 8, 4
+STEPS, SEGMENT, LAYERS, EXPERTS, SLOTS, EP_SIZE = 240, 16, 3, 6, 8, 4
 
 
 @dataclass(frozen=True)
