@@ -82,8 +82,9 @@ def measure(
 def reading(run: Path, processes: int, times: int = 20) -> float:
     """The seconds in which each of so many processes reads a run so many times."""
     command = [sys.executable, "-c", READING, str(run), str(times)]
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # as the program sets it
     started = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         for _ in range(processes)
     ]
     for each in started:

@@ -123,7 +123,7 @@ def engine(_quick: bool) -> Iterator[Figure]:
 def loop(quick: bool) -> Iterator[Figure]:
     from benchmarks import writer
 
-    found = writer.loop(*((3, 60) if quick else (15, 400)))
+    found = writer.loop(*((3, 60) if quick else (5, writer.SEGMENT_STEPS)))
     for name in ("pure Python", "torch matmul"):
         low, middle, high = found[name, "writer on"]
         control = found[name, "control: off, off, off"]

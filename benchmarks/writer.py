@@ -71,6 +71,8 @@ def calibrated(step: Callable[[int], None], seconds: float) -> int:
 #: A round with the writer on is preceded by so many seconds that are not timed: the writer's flush interval,
 #: at the end of which its threads have as much to do as they get.
 LEAD_SECONDS = 1.0
+#: The default of :class:`~eplb_dump.ExpertLoadWriter`.
+SEGMENT_STEPS = 2048
 
 
 def loop(rounds: int, steps: int) -> dict[tuple[str, str], tuple[float, float, float]]:
@@ -114,8 +116,8 @@ def loop(rounds: int, steps: int) -> dict[tuple[str, str], tuple[float, float, f
             time.sleep(0.01)
         return took
 
-    # A segment holds 2,048 steps by default, which few rounds would seal. So each round has its share.
-    sealing = max(1, steps // 2)
+    # A round seals one segment of the default length. To seal shorter ones would take longer for each step.
+    sealing = min(steps, SEGMENT_STEPS)
     print(f"a loop of 5 ms steps, {rounds} rounds of {steps} off, on, off; quartiles in brackets")
     for name, step in (
         ("pure Python", lambda: python_step(work)),
@@ -293,12 +295,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=["loop", "sustained", "size", "counts", "hour"])
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--seconds", type=float, default=20.0)
     args = parser.parse_args()
     if args.what == "loop":
-        loop(args.rounds, args.steps or 400)
+        loop(args.rounds, args.steps or SEGMENT_STEPS)
     elif args.what == "sustained":
         sustained(args.seconds)
     elif args.what == "size":

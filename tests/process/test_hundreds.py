@@ -1,4 +1,4 @@
-"""`postmortem` of 150 runs, some broken, some growing, and three long ones, by every executor."""
+"""`postmortem` of 300 runs, some broken, some growing, and three long ones, by every executor."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from eplb_analyze.reader.run import PART_STEPS
 from eplb_dump import ExpertLoadWriter
 from eplb_dump.format.session import dump_json, load_json
 
-RUNS, BROKEN, TORN, GROWING = 150, 20, 20, 20
+RUNS, BROKEN, TORN, GROWING = 300, 20, 20, 20
 LONG, LONG_STEPS = 3, 3 * PART_STEPS
 SLOTS = np.array([range(EXPERTS)] * LAYERS)
 
