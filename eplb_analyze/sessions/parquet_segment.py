@@ -383,8 +383,9 @@ class ParquetSegment:
                 rows = (low - layer) * n + begin, (high - 1 - layer) * n + end
                 # Many ranks are read together, so no file stays open between row groups.
                 with reading_faults(self, name, path), places.open_for_arrow(path) as source:
-                    remote = isinstance(path, bucket.Remote)
-                    values = read_lists(source.read_at, chunk, width, rows, at_once=remote)
+                    # Of a bucket, each read is a request; and what is needed as a whole is read as a whole.
+                    at_once = isinstance(path, bucket.Remote) or rows == (0, group.num_rows)
+                    values = read_lists(source.read_at, chunk, width, rows, at_once=at_once)
                 yield low, _layers_of(values, high - low, n, end - begin)
             layer += count
 
