@@ -46,7 +46,7 @@ except SystemExit as end:
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, file=sys.stderr)
 """
 
-#: Decodes the sums of ranks of a file again and again, on one thread, once a line comes in.
+#: Reads a run again and again, on one thread, once a line comes in.
 READING = """
 import sys
 from eplb_analyze import open_run
@@ -103,8 +103,8 @@ def reading(run: Path, processes: int, times: int = 20) -> float:
 def limits(run: Path, counts: list[int], repeat: int) -> dict[int, float]:
     """How much more the machine does with processes that share nothing, by their number.
 
-    They do what workers do. To decode with Arrow is no limit: 16 processes do 1.7 times as much as
-    one on a machine where 16 workers do 10 times as much, because each decoded table is new memory.
+    They do what workers do. To decode with Arrow is no limit: 16 processes did 1.7 times as much as one on a
+    machine where 16 workers did 10 times as much.
     """
     print("reading a run in processes that share nothing, startup excluded: the machine's limit")
     one = min(reading(run, 1) for _ in range(repeat))

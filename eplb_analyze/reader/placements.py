@@ -529,7 +529,7 @@ def _joined(
             findings.append(Finding("error", "uneven_slots", f"{text}; that placement is left out"))
         elif known is None:
             stated[step, layer] = (rank, ep_size, slots)
-        elif known[1] != ep_size or known[2].tobytes() != slots.tobytes():
+        elif known[1] != ep_size or not np.array_equal(known[2], slots):
             text = (
                 f"ranks {known[0]} and {rank} state different placements at step {step} (layer index {layer})"
             )

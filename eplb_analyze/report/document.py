@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from eplb_analyze.analysis.summary_sums import RunSums, bins_of
 from eplb_analyze.analysis.timeline import TimelineSums
 from eplb_analyze.errors import DumpError, Finding
 from eplb_analyze.json_report import as_json
-from eplb_analyze.parallel import one_ahead
+from eplb_analyze.parallel import one_ahead, thread_pool
 from eplb_analyze.reader.blocks import Block, UseLayer
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.configurations import LastConfiguration
@@ -216,7 +215,7 @@ def _analyzed(
         views = _Views(estimated, steps)
         for block in estimated.keeping_loads().blocks(steps):
             views.add(block)
-    with ThreadPoolExecutor(1) as beside:
+    with thread_pool(1) as beside:
         bins = None if views is None else views.bins.sums
         packed = beside.submit(lambda: None if bins is None else bins.packed(run))
         summary = summary_of(sums.sums, run, steps)

@@ -94,8 +94,8 @@ class ParquetSegment:
         self.cut = False
         #: Footers that were verified, by table.
         self._metadata: dict[str, pq.FileMetaData] = {}
-        #: The session's metadata in the last of these footers.
-        self._session: object = None
+        #: The session's metadata in the last of these footers; None at first.
+        self._session: dict[str, Any] | None = None
         self._load_steps: Int64 | None = None
 
     @property
@@ -158,7 +158,7 @@ class ParquetSegment:
         own = json.loads((metadata.metadata or {}).get(METADATA_KEY, b"null"))
         if not isinstance(own, dict) or own.get("seq") != self.seq or own.get("table") != table:
             raise FormatError("it is not the file that the manifest lists")
-        if own["session"] != self._session:  # nearly always the same in each file
+        if self._session is None or own["session"] != self._session:  # nearly always the same in each file
             SessionInfo.from_dict(own["session"])
             self._session = own["session"]
         rows = self._entry.files[table].rows

@@ -139,8 +139,9 @@ class SessionInfo:
         if not isinstance(fields, dict) or fields.get("format") != FORMAT_NAME:
             raise FormatError("it is not the metadata of an eplb-dump session")
         version = parse_version(fields.get("format_version"))
+        known = {f.name for f in dataclasses.fields(cls)}
         try:
-            values = {k: v for k, v in fields.items() if k in cls.__dataclass_fields__}
+            values = {k: v for k, v in fields.items() if k in known}
             values["format_version"] = version
             values["scope"] = Scope(values["scope"])
             layers = values.get("moe_layers")

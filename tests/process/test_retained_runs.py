@@ -377,7 +377,7 @@ def test_300_runs_are_kept_as_the_documentation_says(
         bucket = f"{s3.bucket()}/dumps"
         in_bucket = [
             run for run in runs if not (run.live or run.never or run.journal_ns or run.unreadable)
-        ][: len(KINDS)]  # fmt: skip
+        ][:60]  # fmt: skip
         for run in in_bucket:
             s3.put(dump / f"run={run.run_id}", f"{bucket}/run={run.run_id}")
         golden = dump / "run=golden"
