@@ -14,7 +14,7 @@ import resource
 import statistics
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,10 +77,12 @@ SEGMENT_STEPS = 2048
 
 def loop(rounds: int, steps: int) -> dict[tuple[str, str], tuple[float, float, float]]:
     """How much longer a round takes, percent: lower quartile, median and upper quartile, by what was on."""
-    found = {}
+    found: dict[tuple[str, str], tuple[float, float, float]] = {}
     torch.set_num_threads(1)
     batch = [torch.from_numpy(load) for load in workload.loads(64)]
     placement = torch.from_numpy(workload.placement())
+    # As many as the writer's queue holds of half a second, after which its thread empties it.
+    copies = [torch.from_numpy(buffer) for buffer in np.zeros((100, *batch[0].shape), np.int32)]
     work = calibrated(python_step, 5e-3)
 
     def matmul(side: int) -> None:
@@ -94,23 +96,21 @@ def loop(rounds: int, steps: int) -> dict[tuple[str, str], tuple[float, float, f
     side = int(512 * (5e-3 / ((time.perf_counter() - start) / 5)) ** (1 / 3))
     pair = [torch.ones(side, side), torch.empty(side, side)]
 
-    def timed(step: Callable[[], None], writer: ExpertLoadWriter | None) -> float:
+    def timed(step: Callable[[], None], after: Callable[[int], object] | None = None) -> float:
         start = time.perf_counter()
         for i in range(steps):
             step()
-            if writer is not None:
-                writer.record(None, batch[i % 64], placement)
+            if after is not None:
+                after(i)
         return time.perf_counter() - start
 
-    def recorded(step: Callable[[], None], writer: ExpertLoadWriter | None) -> float:
+    def recorded(step: Callable[[], None], writer: ExpertLoadWriter) -> float:
         """A round with the writer on. Its background work is done before the next round, which has it off."""
-        if writer is None:
-            return timed(step, None)
         begun = time.perf_counter()
         while time.perf_counter() - begun < LEAD_SECONDS:  # until its threads have as much to do as they get
             step()
             writer.record(None, batch[0], placement)
-        took = timed(step, writer)
+        took = timed(step, lambda i: writer.record(None, batch[i % 64], placement))
         assert writer.flush(60)
         while (stats := writer.stats()).segments_sealed < stats.recorded // sealing:
             time.sleep(0.01)
@@ -118,27 +118,28 @@ def loop(rounds: int, steps: int) -> dict[tuple[str, str], tuple[float, float, f
 
     # A round seals one segment of the default length. To seal shorter ones would take longer for each step.
     sealing = min(steps, SEGMENT_STEPS)
-    print(f"a loop of 5 ms steps, {rounds} rounds of {steps} off, on, off; quartiles in brackets")
+    print(f"a loop of 5 ms steps, {rounds} rounds of {steps} off, copy, on, off; quartiles in brackets")
     for name, step in (
         ("pure Python", lambda: python_step(work)),
         ("torch matmul", lambda: torch_step(pair)),
     ):
-        for state in ("control: off, off, off", "writer on"):
-            ratios = []
-            with tempfile.TemporaryDirectory() as folder:
-                writer = None if state.startswith("control") else open_writer(folder, segment_steps=sealing)
-                recorded(step, writer)
-                # Off, on, off: the machine's own drift cancels out.
-                for _ in range(rounds):
-                    before, on, after = timed(step, None), recorded(step, writer), timed(step, None)
-                    ratios.append(100 * (on / ((before + after) / 2) - 1))
-                stats = None if writer is None else writer.stats()
-                if writer is not None:
-                    writer.close(60)
-            low, middle, high = statistics.quantiles(ratios, n=4)
+        ratios = defaultdict(list)
+        with tempfile.TemporaryDirectory() as folder, open_writer(folder, segment_steps=sealing) as writer:
+            recorded(step, writer)
+            for _ in range(rounds):
+                before = timed(step)
+                copied = timed(step, lambda i: copies[i % len(copies)].copy_(batch[i % 64]))
+                on, after = recorded(step, writer), timed(step)
+                off = (before + after) / 2  # the machine's own drift cancels out
+                ratios["writer on"].append(on / off)
+                ratios["a copy into a host buffer alone"].append(copied / off)
+                ratios["off again"].append(after / before)
+            stats = writer.stats()
+        for state, values in ratios.items():
+            low, middle, high = (100 * (value - 1) for value in statistics.quantiles(values, n=4))
             found[name, state] = low, middle, high
-            counted = "" if stats is None else f", {stats.segments_sealed} sealed, {stats.dropped} dropped"
-            print(f"{name:13s} {state:22s} {middle:+6.2f}% [{low:+.2f} … {high:+.2f}]{counted}", flush=True)
+            print(f"{name:13s} {state:32s} {middle:+6.2f}% [{low:+.2f} … {high:+.2f}]", flush=True)
+        print(f"{name:13s} {stats.segments_sealed} segments sealed, {stats.dropped} steps dropped")
     return found
 
 
