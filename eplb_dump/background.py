@@ -32,6 +32,7 @@ from eplb_dump.accounting import QUEUE_IS_FULL, Accounting, WriterStats
 from eplb_dump.budget import Retention, Space
 from eplb_dump.encoder import Encoder
 from eplb_dump.format import manifest, retention, segment
+from eplb_dump.format.frames import Piece
 from eplb_dump.format.journal import JournalAppender, Shape
 from eplb_dump.format.manifest import SealedSegment
 from eplb_dump.format.notable import Notable
@@ -472,7 +473,7 @@ class Background:
         self._with_space(partial(self._append, session, encoded.frames))
         self._accounting.move(len(batch), written)
 
-    def _append(self, session: SessionWriter, frames: Sequence[bytes]) -> None:
+    def _append(self, session: SessionWriter, frames: Sequence[Piece]) -> None:
         """Append a batch to the open journal, or to a new one. Raises OSError."""
         size = sum(map(len, frames))
         self._wait_for_room(session, size)

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from eplb_dump.events import Events
 from eplb_dump.format import journal
+from eplb_dump.format.frames import Piece
 from eplb_dump.format.journal import Float32, Int32, StepRows
 from eplb_dump.format.schema import EMPTY_SLOT, MAX_LOAD, Status
 from eplb_dump.format.session import SessionInfo
@@ -28,7 +29,7 @@ class Encoded(NamedTuple):
     """A batch as it is written."""
 
     #: Placements, then loads, then the steps frame that commits them.
-    frames: list[bytes]
+    frames: list[Piece]
     #: uint8 [steps], each step's.
     status: npt.NDArray[np.uint8]
     #: How many loads could not be recorded, by reason.
@@ -65,7 +66,7 @@ class Encoder:
         status = np.array([entry.status for entry in batch], np.uint8)
         rejected: Counter[str] = Counter()
         staged = [i for i, entry in enumerate(batch) if entry.load is not None]
-        frames: list[bytes] = []
+        frames: list[Piece] = []
         device_ms = journal.unknown_ms(len(batch))
         if staged:
             ring, first, last = _loads_of(batch, staged)
@@ -95,7 +96,7 @@ class Encoder:
                 steps = np.array([batch[staged[i]].step for i in good], np.int64)
                 chosen = load if len(good) == len(load) else load[good]
                 ep_size = batch[staged[0]].ep_size
-                frames.append(journal.loads_frame(steps, journal.narrow(chosen, largest), ep_size))
+                frames += journal.loads_frame(steps, journal.narrow(chosen, largest), ep_size)
             ring.release(last)
         frames.append(journal.steps_frame(_rows(batch, status, device_ms)))
         return Encoded(frames, status, rejected)

@@ -78,10 +78,10 @@ def added_up(segment: Segment, info: SessionInfo, cuts: Int64 = NO_CUTS, *, by_s
         done = 0
         for first in range(0, shape.num_moe_layers, at_once):
             for layer, values in read(first, min(first + at_once, shape.num_moe_layers)):
-                for index, load in enumerate(values, layer):
-                    if index == done:
-                        builder.add(index, load, rank_loads(load, shape.ep_size))
-                        done += 1
+                if layer <= done < layer + len(values):
+                    load = values[done - layer :]
+                    builder.add(done, load, rank_loads(load, shape.ep_size))
+                    done = layer + len(values)
     rows = builder.finish()
     if by_slot:
         return rows

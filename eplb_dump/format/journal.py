@@ -214,13 +214,14 @@ def rank_loads(load: Loads, ep_size: int) -> Int64:
     return ranks
 
 
-def sums_from(load: Loads, starts: Int64) -> Int64:
-    """The sums over the steps from each start to the next: ``[len(starts), num_physical_experts]``.
+def sums_from(values: npt.NDArray[Any], starts: Int64, dtype: npt.DTypeLike = np.int64) -> npt.NDArray[Any]:
+    """The sums over the steps from each start to the next: ``[len(starts), ..., m]``.
 
-    ``load``: one layer's ``[n, num_physical_experts]``.
+    ``values``: ``[..., n, m]``, of n steps.
     """
-    # Three times as fast as reduceat, which casts value by value.
-    return np.stack([part.sum(axis=0, dtype=np.int64) for part in np.split(load, starts[1:])])
+    # Unlike reduceat, it does not cast value by value, and it releases the interpreter lock.
+    parts = np.split(values, starts[1:], axis=-2)
+    return np.stack([part.sum(axis=-2, dtype=dtype) for part in parts])
 
 
 def phase_codes(phases: Sequence[str | None]) -> tuple[npt.NDArray[np.int16], tuple[str, ...]]:
@@ -230,9 +231,9 @@ def phase_codes(phases: Sequence[str | None]) -> tuple[npt.NDArray[np.int16], tu
     return np.array([code.get(name, -1) for name in phases], np.int16), names
 
 
-def loads_frame(step: Int64, load: npt.NDArray[Any], ep_size: int) -> bytes:
+def loads_frame(step: Int64, load: npt.NDArray[Any], ep_size: int) -> list[frames.Piece]:
     """``load``: as :func:`narrow` returns it."""
-    return frames.encode("loads", {"ep_size": ep_size}, {"step": step, "load": load})
+    return frames.encode_pieces("loads", {"ep_size": ep_size}, {"step": step, "load": load})
 
 
 def placements_frame(step: Int64, layer: Int32, physical_to_logical: Int32, ep_size: int) -> bytes:
@@ -281,7 +282,7 @@ class JournalAppender:
             discard([self.path])
             raise
 
-    def append(self, *parts: bytes) -> None:
+    def append(self, *parts: frames.Piece) -> None:
         """Write all parts or none of them. Raises OSError, also if the file was deleted.
 
         The data survives a crash of the process. It is not synced to the disk: that would protect
@@ -432,7 +433,9 @@ class JournalSegment:
             if len(data) < (last - first) * row_bytes:
                 raise FormatError("it became shorter while it was read")
             load = np.frombuffer(data, entry.dtype).reshape(last - first, len(entry.step), physical)
-            out[:, at : at + len(entry.keep)] = load[:, entry.keep]
+            # To select steps takes the interpreter lock.
+            chosen = load if len(entry.keep) == len(entry.step) else load[:, entry.keep]
+            out[:, at : at + len(entry.keep)] = chosen
             at += len(entry.keep)
         return out
 

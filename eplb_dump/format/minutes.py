@@ -37,6 +37,9 @@ SPREAD_FORMULAS = "balancedness", "imbalance"
 CLOCKS = "host_ms", "step_ms", "device_ms"
 _SUMMED_OVER_RANKS = frozenset(field.name for field in MINUTES_SCHEMA if field.nullable) - {"phase"}
 _KEYS = "minute", "phase", "ep_size"
+#: Layers are added a few at a time, with about this many sums of ranks: with fewer and longer calls, the
+#: engine's thread hands over the interpreter lock less often.
+_VALUES_AT_ONCE = 1 << 19
 _LISTS = {field.name: field.type.value_type for field in MINUTES_SCHEMA if pa.types.is_list(field.type)}
 
 
@@ -258,61 +261,70 @@ class MinutesBuilder:
                 "layer_imbalance": np.zeros((groups, layers)),
                 "slowest": np.zeros((groups, layers, ranks)),
             }
-            self._per_step = {
-                name: np.zeros(n) for name in ("active", "ratio", "inverse", "mean", "max", "sglang")
-            }
+            #: Of the layers so far: active ones, and the sums of their ratio, inverse, mean, max and sglang.
+            self._per_step = np.zeros((6, n))
             self._rank_total, self._rank_highest = (np.zeros((n, ranks), np.int64) for _ in range(2))
 
-    def add(self, layer: int, load: Loads, ranks: Int64) -> None:
-        """Add a layer.
+    def add(self, first: int, load: Loads, ranks: Int64) -> None:
+        """Add layers ``first`` and those after it.
 
         Args:
-            load: its ``[len(load_steps), num_physical_experts]``.
+            load: their ``[layers, len(load_steps), num_physical_experts]``.
             ranks: what :func:`~eplb_dump.format.journal.rank_loads` makes of it.
         """
+        if not load.size:
+            return
+        at_once = max(1, _VALUES_AT_ONCE // ranks[0].size)
+        for low in range(0, len(load), at_once):
+            self._add(first + low, load[low : low + at_once], ranks[low : low + at_once])
+
+    def _add(self, first: int, load: Loads, ranks: Int64) -> None:
         shape = self._shape
         assert shape is not None
-        if not len(load):
-            return
-        columns = self._columns
-        highest = ranks.max(axis=1)
+        columns, at = self._columns, (self._present, slice(first, first + len(load)))
+        highest = ranks.max(axis=2)
         active = highest > 0
-        columns["active_steps"][self._present, layer] = self._sums(active.astype(np.int32))
-        columns["rank_load"][self._present, layer] = self._sums(ranks)
+        columns["active_steps"][at] = self._sums(active.astype(np.int32))
+        columns["rank_load"][at] = sums_from(self._ordered(ranks), self._starts)
         slots = sums_from(self._ordered(load), self._starts)
         top = columns["slot"].shape[2]
-        best = np.argsort(-slots, axis=1, kind="stable")[:, :top]
-        tokens = np.take_along_axis(slots, best, axis=1)
-        columns["slot"][self._present, layer] = np.where(tokens > 0, best, -1)
-        columns["slot_load"][self._present, layer] = tokens
+        best = np.argsort(-slots, axis=2, kind="stable")[..., :top]
+        tokens = np.take_along_axis(slots, best, axis=2)
+        columns["slot"][at] = np.where(tokens > 0, best, -1)
+        columns["slot_load"][at] = tokens
         if not self._summed:
             return
-        total = ranks.sum(axis=1)
-        mean = total / float(shape.ep_size)
-        ratio, inverse = (np.zeros(len(load)) for _ in range(2))
+        total = ranks.sum(axis=2)
+        # One row more than layers: the sums so far, so that the order of summation is that of the layers.
+        values = np.zeros((len(self._per_step), 1 + len(load), load.shape[1]))
+        values[:, 0] = self._per_step
+        of_layers = values[:, 1:]
+        ratio, inverse, mean = of_layers[1:4]
+        np.divide(total, float(shape.ep_size), out=mean)
         np.divide(mean, highest, out=ratio, where=active)
         np.divide(highest, mean, out=inverse, where=active)
-        columns["max_load"][self._present, layer] = self._sums(highest)
-        columns["layer_balancedness"][self._present, layer] = self._sums(ratio)
-        columns["layer_imbalance"][self._present, layer] = self._sums(inverse)
-        at_maximum = (ranks == highest[:, np.newaxis]) & (highest * shape.ep_size > total)[:, np.newaxis]
-        tied = at_maximum.sum(axis=1, keepdims=True)
-        columns["slowest"][self._present, layer] = self._sums(at_maximum / np.maximum(tied, 1))
+        columns["max_load"][at] = self._sums(highest)
+        columns["layer_balancedness"][at] = self._sums(ratio)
+        columns["layer_imbalance"][at] = self._sums(inverse)
+        at_maximum = ranks == highest[..., np.newaxis]
+        at_maximum &= (highest * shape.ep_size > total)[..., np.newaxis]
+        tied = at_maximum.sum(axis=2, keepdims=True)
+        share = at_maximum / np.maximum(tied, 1)
+        columns["slowest"][at] = sums_from(self._ordered(share), self._starts, np.float64)
         times = float(self._token_replication)
-        sglang = (mean / times + 1e-5) / (highest / times + 1e-5)
-        values = (active, ratio, inverse, mean, highest, sglang)
-        for name, value in zip(self._per_step, values, strict=True):
-            self._per_step[name] += value
-        self._rank_total += ranks
-        np.maximum(self._rank_highest, ranks, out=self._rank_highest)
+        of_layers[0], of_layers[4] = active, highest
+        np.divide(mean / times + 1e-5, highest / times + 1e-5, out=of_layers[5])
+        self._per_step = values.sum(axis=1)
+        self._rank_total += ranks.sum(axis=0)
+        np.maximum(self._rank_highest, ranks.max(axis=0), out=self._rank_highest)
 
     def _sums(self, values: Array) -> Array:
-        """Values ``[len(load_steps), ...]`` summed over the steps of each group that has any."""
-        sums: Array = np.add.reduceat(self._ordered(values), self._starts, axis=0)
-        return sums
+        """Values ``[layers, len(load_steps)]`` summed by group of steps: ``[groups with any, layers]``."""
+        sums: Array = np.add.reduceat(self._ordered(values), self._starts, axis=1)
+        return sums.T
 
     def _ordered(self, values: Array) -> Array:
-        return values if self._in_order else values[self._order]
+        return values if self._in_order else values[:, self._order]
 
     def finish(self) -> Minutes:
         steps, groups = self._steps, self._keys.shape[1]
@@ -347,7 +359,7 @@ class MinutesBuilder:
     def _formulas(self) -> dict[str, Array]:
         """The formulas' sums, extremes and histograms over the recorded steps."""
         layers = 0 if self._shape is None else self._shape.num_moe_layers
-        active, ratio, inverse, mean, highest, sglang = self._per_step.values()
+        active, ratio, inverse, mean, highest, sglang = self._per_step
         counted, groups = active > 0, self._keys.shape[1]
         denominators = {
             "balancedness": (ratio, active),
@@ -359,8 +371,7 @@ class MinutesBuilder:
             ),
             "sglang": (sglang, np.full(len(sglang), float(layers))),
         }
-        columns: dict[str, Array] = {"active": np.zeros(groups, np.int64)}
-        columns["active"][self._present] = self._sums(counted.astype(np.int64)) if len(counted) else 0
+        columns: dict[str, Array] = {"active": np.bincount(self._of_load[counted], minlength=groups)}
         for name, (numerator, denominator) in denominators.items():
             value = np.full(len(counted), np.nan)
             np.divide(numerator, denominator, out=value, where=counted)

@@ -12,6 +12,7 @@ import os
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Protocol
 
@@ -56,6 +57,8 @@ Parts = Callable[[dict[bytes, bytes]], Iterable[pa.Table]]
 #: A row group holds about this many counts, of few layers: one group is enough for one step of one
 #: layer, and one layer of a long run needs no other layer's groups.
 ROW_GROUP_VALUES = 1 << 21
+#: So many row groups are read and summed at a time: each call hands over the interpreter lock.
+_GROUPS_AT_ONCE = 3
 #: How many bytes at a file's end are read to find its footer.
 FOOTER_BYTES = 64 << 10
 #: The manifest has no sums of a segment if they are larger than this, or than a share of its loads: reading
@@ -281,17 +284,19 @@ def _write_files(folder: Path, content: Content, notable: Notable) -> SealedSegm
     sums = None
     if shape is not None and n:
         group = max(1, ROW_GROUP_VALUES // (n * shape.num_physical_experts))
+        at_once = group * _GROUPS_AT_ONCE
         builder = _SumBuilder(content)
 
         def load_parts(metadata: dict[bytes, bytes]) -> Iterator[pa.Table]:
-            for first in range(0, shape.num_moe_layers, group):
-                last = min(first + group, shape.num_moe_layers)
-                load = content.read_layers(first, last)
-                ranks = rank_loads(load, shape.ep_size)
-                for layer, of_slots, of_ranks in zip(range(first, last), load, ranks, strict=True):
-                    builder.add(layer, of_slots)
-                    minutes.add(layer, of_slots, of_ranks)
-                yield loads_table(layers[first:last], content.load_steps, load, ranks, metadata)
+            for low in range(0, shape.num_moe_layers, at_once):
+                block = content.read_layers(low, min(low + at_once, shape.num_moe_layers))
+                ranks = rank_loads(block, shape.ep_size)
+                minutes.add(low, block, ranks)
+                builder.add(low, block)
+                for first in range(0, len(block), group):
+                    part = slice(first, first + group)
+                    numbers = layers[low : low + len(block)][part]
+                    yield loads_table(numbers, content.load_steps, block[part], ranks[part], metadata)
 
         tables.write("loads", load_parts, n * shape.num_moe_layers, loads_schema(content.load_type))
         sums = builder.sums(tables.files["loads"].bytes)
@@ -319,13 +324,20 @@ class _SumBuilder:
         self._rows: list[tuple[int, int]] = []
         self._loads: list[Int64] = []
 
-    def add(self, layer: int, load: Loads) -> None:
-        """``load``: one layer's ``[len(load_steps), num_physical_experts]``."""
+    def add(self, first: int, load: Loads) -> None:
+        """``load``: of layers from ``first`` on, ``[layers, len(load_steps), num_physical_experts]``."""
+        edges_of = [self._edges(layer) for layer in range(first, first + len(load))]
+        for edges, same in groupby(range(len(load)), edges_of.__getitem__):
+            layers = [*same]
+            self._rows += [(first + layer, int(self._steps[edge])) for layer in layers for edge in edges]
+            sums = sums_from(load[layers[0] : layers[-1] + 1], np.array(edges))
+            self._loads.append(sums.swapaxes(0, 1).reshape(-1, load.shape[2]))
+
+    def _edges(self, layer: int) -> list[int]:
+        """Where the loads of another placement begin, of this layer; 0 is one."""
         changed = self._placements.step[self._placements.layer == layer]
-        edges = np.unique([0, *np.searchsorted(self._steps, changed)])
-        edges = edges[edges < len(self._steps)]
-        self._rows += [(layer, int(self._steps[edge])) for edge in edges]
-        self._loads.append(sums_from(load, edges))
+        edges = {0, *np.searchsorted(self._steps, changed).tolist()}
+        return sorted(edges - {len(self._steps)})
 
     def sums(self, load_bytes: int) -> ExpertSums | None:
         """None if they are large: after so many placement changes, reading the loads is as fast."""

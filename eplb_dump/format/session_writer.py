@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from eplb_dump.format.frames import Piece
 from eplb_dump.format.journal import Int32, JournalAppender, Shape, closed_frame, placements_frame
 from eplb_dump.format.session import SessionInfo
 
@@ -87,7 +88,7 @@ class SessionWriter:
         if shape is not None:
             self.shape = shape
 
-    def append(self, *frames: bytes) -> None:
+    def append(self, *frames: Piece) -> None:
         """Append a batch, which ends with its steps frame, or nothing of it. Raises OSError."""
         if self.journal is None:
             self.journal = JournalAppender(self._folder, self.info, self._seq)

@@ -191,7 +191,7 @@ class _Session:
         if writer.journal is not None and writer.journal.size >= SEGMENT_BYTES:
             writer.end_segment()
         writer.begin_batch(int(chunk.step[0]), shape)
-        parts = []
+        parts: list[frames.Piece] = []
         # Most chunks hand over the very array of the chunk before.
         if chunk.placement is not None and chunk.placement is not self._placements.current:
             known = chunk.placement[:, 0] != UNKNOWN_ROW
@@ -200,7 +200,7 @@ class _Session:
         if self._tokens > MAX_NUMBER:
             raise DumpError(f"its counts add up to more than {MAX_NUMBER:,}, which the format cannot store")
         load = journal.narrow(chunk.load, int(chunk.load.max(initial=0)))
-        parts.append(journal.loads_frame(chunk.step, load, chunk.ep_size))
+        parts += journal.loads_frame(chunk.step, load, chunk.ep_size)
         writer.append(*parts, journal.steps_frame(self._rows(chunk)))
 
     def _rows(self, chunk: Chunk) -> StepRows:

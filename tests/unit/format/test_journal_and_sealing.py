@@ -84,7 +84,7 @@ class Batch:
         steps = np.array(self.steps, np.int64)
         if self.recorded:
             load = np.stack([load_of(n) for n in self.steps], axis=1).astype(self.dtype)
-            parts.append(journal.loads_frame(steps, load, ep_size))
+            parts += journal.loads_frame(steps, load, ep_size)
         n = self.recorded + 1
         all_steps = np.arange(self.first, self.first + n)
         rows = StepRows(

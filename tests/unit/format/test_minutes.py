@@ -29,13 +29,13 @@ def placements_at(steps: list[int]) -> PlacementRows:
     return PlacementRows(np.array(steps, np.int64), zeros, zeros + R, [np.arange(SLOTS, dtype=np.int32)] * n)
 
 
-def built(rows: StepRows, load: Int64, changes: list[int], *, summed: bool) -> Minutes:
-    """``load [recorded steps, L, SLOTS]``."""
+def built(rows: StepRows, load: Int64, changes: list[int], *, summed: bool, at_once: int = L) -> Minutes:
+    """``load [recorded steps, L, SLOTS]``, added so many layers at a time."""
     recorded = rows.step[rows.status == Status.RECORDED]
     builder = MinutesBuilder(rows, placements_at(changes), recorded, SHAPE, summed=summed)
-    for layer in range(L):
-        own = load[:, layer].astype(np.int32)
-        builder.add(layer, own, rank_loads(own, R))
+    for first in range(0, L, at_once):
+        own = load[:, first : first + at_once].astype(np.int32).transpose(1, 0, 2)
+        builder.add(first, own, rank_loads(own, R))
     return builder.finish()
 
 
@@ -90,9 +90,11 @@ def truth(rows: StepRows, load: Int64, changes: list[int]) -> dict[tuple[int, in
 
 
 @pytest.mark.parametrize("summed", [True, False])
-@given(segments())
-def test_rows_are_the_sums_of_their_steps(summed: bool, segment: tuple[StepRows, Int64, list[int]]) -> None:
-    minutes = Minutes.from_table(built(*segment, summed=summed).to_table(), SHAPE)
+@given(segments(), st.integers(1, L))
+def test_rows_are_the_sums_of_their_steps(
+    summed: bool, segment: tuple[StepRows, Int64, list[int]], at_once: int
+) -> None:
+    minutes = Minutes.from_table(built(*segment, summed=summed, at_once=at_once).to_table(), SHAPE)
     expected = truth(*segment)
     assert len(minutes) == len(expected)
     assert minutes.summed == summed
