@@ -163,6 +163,8 @@ class Background:
         self._entries: dict[int, SealedSegment] = {}
         self._unthinnable: set[int] = set()
         self._notable = Notable()
+        #: None until the session's folder is known.
+        self._manifest: manifest.ManifestFile | None = None
         #: Whether a power cut leaves a session.json. From then on, only the sealer replaces it, durably.
         self._session_synced = False
         self._session_lock = threading.Lock()
@@ -295,6 +297,7 @@ class Background:
         self._with_space(partial(write_session_file, self.folder, self.info, durable=False))
         self._space.measure(self.folder)
         self._limit_segment()
+        self._manifest = manifest.ManifestFile(self.folder)
         self._session = SessionWriter(self.folder, self.info, self._journal_ended)
 
     def _opened_session(self) -> SessionWriter:
@@ -596,7 +599,7 @@ class Background:
             except Exception as error:  # readers use the session's other files
                 self._note_fault("session.json could not be synced", error)
         self._retain(item.size)
-        entry = segment.seal(item.path, self._notable)
+        entry = segment.seal(item.path, self._notable, self._manifest)
         self._segments_sealed += 1
         self._note_sealed(item, entry)
         self._close(item)
@@ -657,13 +660,13 @@ class Background:
         info = self._opened_session().info
         try:
             try:
-                entry = retention.thin(self.folder, info, todo)
+                entry = retention.thin(self.folder, info, todo, file=self._manifest)
             except OSError as error:
                 coarser = self._thinning_without_new_files()
                 if error.errno not in _NO_SPACE or coarser is None:
                     raise
                 todo = coarser
-                entry = retention.thin(self.folder, info, todo)
+                entry = retention.thin(self.folder, info, todo, file=self._manifest)
             self._note_segments(entry, replaces=todo.seqs)
             self._retry_seconds = 0.0  # there is space now
         except (FormatError, FileNotFoundError) as error:  # damaged, or removed: it stays as it is
@@ -716,7 +719,8 @@ class Background:
         if self._session is None or self.off is not None or self._segments_left_open:
             return
         try:
-            manifest.close_manifest(self.folder, self._session.info, dataclasses.asdict(self.stats()))
+            stats = dataclasses.asdict(self.stats())
+            manifest.close_manifest(self.folder, self._session.info, stats, self._manifest)
             self.closed_well = True
         except Exception as error:
             self._note_fault("the final counts could not be written", error)

@@ -222,7 +222,7 @@ def _closed_ns(rank: Path, info: SessionInfo) -> int | None:
     path = rank / f"{SESSION_PREFIX}{info.session_id}" / MANIFEST_FILE
     try:
         with path.open("rb") as file:
-            closed = Manifest.read(file, os.fstat(file.fileno()).st_size, info.session_id).closed
+            closed = Manifest.read(file, os.fstat(file.fileno()).st_size, info.session_id, path).closed
         return None if closed is None else _changed_ns(path)
     except OSError:
         return None

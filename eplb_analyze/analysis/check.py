@@ -273,12 +273,8 @@ def _check_minutes(run: Run) -> list[Finding]:
 def _rank_sums(segment: ParquetSegment, shape: Shape) -> Int64:
     """Tokens on each EP rank over a segment: int64 ``[layers, ep_size]``. Raises DamagedSegmentError."""
     out = np.zeros((shape.num_moe_layers, shape.ep_size), np.int64)
-    if segment.sums is not None:
-        np.add.at(
-            out,
-            segment.sums.layer,
-            segment.sums.load.reshape(-1, *out.shape[1:], shape.slots_per_rank).sum(axis=2),
-        )
+    if (sums := segment.sums) is not None:
+        np.add.at(out, sums.layer, sums.load.reshape(-1, *out.shape[1:], shape.slots_per_rank).sum(axis=2))
         return out
     for layer, load in segment.rank_loads(0, shape.num_moe_layers):
         out[layer : layer + len(load)] = load.sum(axis=1)

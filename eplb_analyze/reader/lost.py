@@ -15,7 +15,7 @@ from eplb_analyze.distinct import distinct
 from eplb_analyze.sessions.discovery import Session
 from eplb_analyze.sessions.segments import Segment
 from eplb_analyze.sessions.step_range import NO_END, StepRange
-from eplb_dump.format.journal import Int64, Shape
+from eplb_dump.format.journal import Int64, Shape, rank_loads
 from eplb_dump.format.schema import Scope, Status
 
 #: An even share of the tokens must be at least this many for their absence to be no chance.
@@ -184,9 +184,10 @@ def _lost(rank: int, gap: StepRange, others: Sequence[Segment], tokens: _Tokens)
     for segment in inside:
         if segment.last_step < first:
             continue
-        if _unused(rank, segment) and gap.first <= segment.first_step and segment.last_step < gap.end:
-            assert segment.sums is not None
-            parts.append((np.array([segment.first_step]), np.array([segment.sums.load.sum()])))
+        whole = gap.first <= segment.first_step and segment.last_step < gap.end
+        stated = tokens.stated(segment) if whole else None
+        if stated is not None and not stated[rank]:
+            parts.append((np.array([segment.first_step]), np.array([stated.sum()])))
             continue
         steps, by_rank = tokens.by_rank(segment)
         there = (steps >= first) & (steps < gap.end)
@@ -209,19 +210,22 @@ def _recorded_in(segment: Segment, steps: StepRange) -> bool:
     return bool(low < high)
 
 
-def _unused(rank: int, segment: Segment) -> bool:
-    """Whether the sums of a segment say that it has no token for a rank."""
-    if segment.sums is None or segment.shape is None:
-        return False
-    width = segment.shape.slots_per_rank
-    return not segment.sums.load[:, rank * width : (rank + 1) * width].any()
-
-
 class _Tokens:
     """Tokens on each rank, by segment; each is read once for all missing ranks."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, int], Int64] = {}
+        self._stated: dict[int, Int64 | None] = {}
+
+    def stated(self, segment: Segment) -> Int64 | None:
+        """All tokens of a segment by the manifest's sums, int64 ``[ep_size]``; None if it has none."""
+        if id(segment) not in self._stated:
+            sums, shape = segment.sums, segment.shape
+            known = (
+                None if sums is None or shape is None else rank_loads(sums.load, shape.ep_size).sum(axis=0)
+            )
+            self._stated[id(segment)] = known
+        return self._stated[id(segment)]
 
     def by_rank(self, segment: Segment) -> tuple[Int64, Int64]:
         """The recorded steps and their tokens over all layers: int64 ``[steps]``, ``[steps, ep_size]``."""

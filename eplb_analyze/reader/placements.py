@@ -420,9 +420,8 @@ PlacedSums = tuple[int, Int32 | None, Int64]
 def _stated_sums(segment: Segment, there: Int64, history: PlacementHistory) -> list[PlacedSums] | None:
     """The writer's sums; None if there are none, or if they are not of just the steps that count."""
     steps = segment.load_steps()
-    if segment.sums is None or len(there) != len(steps):
-        return None
-    return _cut(segment.sums, steps, history)
+    sums = segment.sums if len(there) == len(steps) else None
+    return None if sums is None else _cut(sums, steps, history)
 
 
 def _segment_sums(

@@ -6,6 +6,7 @@ they could hide is checked after decoding.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import zlib
@@ -37,7 +38,7 @@ from eplb_dump.format.journal import (
     load_shape,
     unknown_ms,
 )
-from eplb_dump.format.manifest import SealedSegment
+from eplb_dump.format.manifest import ExpertSums, SealedSegment, StoredSums
 from eplb_dump.format.minutes import Minutes, width_of
 from eplb_dump.format.schema import (
     DURATIONS,
@@ -72,6 +73,12 @@ _EDGES = "first_step", "last_step", "first_time_ns", "last_time_ns"
 TEXT_COLUMNS = ["status", "phase"]
 
 
+@functools.lru_cache(maxsize=8)
+def _read_sums(sums: StoredSums) -> ExpertSums:
+    """Those of the segments that are being read: not of all, which would be hundreds of megabytes."""
+    return sums.read()
+
+
 class ParquetSegment:
     """A sealed segment, as the session's manifest lists it.
 
@@ -87,7 +94,6 @@ class ParquetSegment:
         self.shape = entry.shape
         #: As the manifest lists them.
         self.step_rows, self.recorded = entry.step_rows, entry.recorded
-        self.sums = entry.sums
         self.has_loads = entry.tier is Tier.FULL
         #: The table with tokens per EP rank.
         self._by_step = "loads" if self.has_loads else "ranks"
@@ -102,6 +108,17 @@ class ParquetSegment:
     def entry(self) -> SealedSegment:
         """The manifest's entry."""
         return self._entry
+
+    @property
+    def sums(self) -> ExpertSums | None:
+        """The manifest's sums; None if it has none, or is not there any more. The loads have them, too."""
+        sums = self._entry.sums
+        if not isinstance(sums, StoredSums):
+            return sums
+        try:
+            return _read_sums(sums)
+        except (OSError, FormatError):
+            return None
 
     def file_path(self, table: str) -> StoragePath:
         entry = self._entry.files.get(table)
@@ -438,7 +455,7 @@ class ParquetSegment:
 
     def sums_are_true(self) -> bool:
         """Whether the manifest's sums equal those of the loads, all of which are read."""
-        if self.sums is None or self.shape is None:
+        if self._entry.sums is None or self.shape is None:
             return True
         return all(
             self.layer_sums_are_true(index, load)
@@ -448,13 +465,14 @@ class ParquetSegment:
 
     def layer_sums_are_true(self, index: int, load: npt.NDArray[Any]) -> bool:
         """Likewise those of one layer, whose loads in all steps are ``[n, physical]``."""
-        if self.sums is None:
+        sums = self.sums
+        if sums is None:
             return True
-        rows = self.sums.layer == index
-        first = np.searchsorted(self.load_steps(), self.sums.step[rows])
+        rows = sums.layer == index
+        first = np.searchsorted(self.load_steps(), sums.step[rows])
         if first[0] != 0 or (np.diff(first, append=len(load)) <= 0).any():
             return False
-        parts = zip(np.split(load, first[1:]), self.sums.load[rows], strict=True)
+        parts = zip(np.split(load, first[1:]), sums.load[rows], strict=True)
         return all(np.array_equal(part.sum(axis=0, dtype=np.int64), stated) for part, stated in parts)
 
     def placement_steps(self) -> Int64:

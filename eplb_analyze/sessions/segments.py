@@ -13,6 +13,7 @@ import stat
 import threading
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -74,12 +75,15 @@ class Segment(Protocol):
     step_rows: int
     recorded: int
     path: StoragePath
-    #: Over all steps of the segment; None if the writer left none.
-    sums: ExpertSums | None
     #: Whether damage follows its last readable step.
     cut: bool
     #: Whether it has loads of experts; False if it was thinned to sums per EP rank.
     has_loads: bool
+
+    @property
+    def sums(self) -> ExpertSums | None:
+        """Over all steps of the segment; None if the writer left none."""
+        ...
 
     def steps(self) -> StepRows: ...
     def step_times(self) -> tuple[Int64, Int64]:
@@ -212,4 +216,5 @@ def read_manifest(folder: StoragePath, info: SessionInfo) -> Manifest:
     with file:
         size = file.seek(0, 2)
         file.seek(0)
-        return Manifest.read(file, size, info.session_id)
+        # From a bucket, each segment's sums would be a request.
+        return Manifest.read(file, size, info.session_id, path if isinstance(path, Path) else None)

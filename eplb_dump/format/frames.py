@@ -137,12 +137,13 @@ def _only_zeros(file: BinaryIO, rest: int) -> bool:
     return True
 
 
-def scan(file: BinaryIO, size: int) -> Iterator[Frame | Tail]:
+def scan(file: BinaryIO, size: int, start: int = 0) -> Iterator[Frame | Tail]:
     """Yield the frames of the valid prefix of the first ``size`` bytes, then a Tail.
 
-    ``size`` bounds the read, so that a growing file is read as of one moment.
+    ``size`` bounds the read, so that a growing file is read as of one moment. ``start``: where the file is
+    at, which is where a frame begins.
     """
-    position = 0
+    position = start
     while position < size:
         head = file.read(min(HEAD.size, size - position))
         if len(head) < HEAD.size:
@@ -202,7 +203,7 @@ def scan_headers(file: BinaryIO, size: int, start: int = 0) -> Iterator[tuple[in
 def frame_at(file: BinaryIO, size: int, start: int) -> Frame:
     """The verified frame that starts at a byte. Raises OSError, FormatError."""
     file.seek(start)
-    item = next(scan(file, size - start))
+    item = next(scan(file, size, start))
     if isinstance(item, Tail):
         raise FormatError(f"damaged from byte {start} on")
     return item

@@ -47,6 +47,14 @@ class ExpertSums:
     #: int64 [n, num_physical_experts].
     load: Int64
 
+    def read(self) -> ExpertSums:
+        """Itself; what :class:`StoredSums` has to read."""
+        return self
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.arrays().values())
+
     def arrays(self) -> dict[str, Any]:
         return {"sum_layer": self.layer, "sum_step": self.step, "sum_load": self.load}
 
@@ -64,6 +72,29 @@ class ExpertSums:
             if in_order and sums.load.min(initial=0) >= 0:
                 return sums
         raise FormatError("its sums for a sealed segment contradict the segment's shape")
+
+
+@dataclass(frozen=True)
+class StoredSums:
+    """Where a manifest has the sums of a segment. Those of a long run would take hundreds of megabytes."""
+
+    file: frames.NamedFile
+    #: The segment.
+    seq: int
+    #: The frame's bytes in the file.
+    start: int
+    end: int
+    shape: Shape
+    nbytes: int
+
+    def read(self) -> ExpertSums:
+        """Read them, verified. Raises OSError, and FormatError if they are not there any more."""
+        with self.file.open("rb") as file:
+            frame = frames.frame_at(file, self.end, self.start)
+        sums = ExpertSums.from_arrays(frame.arrays, self.shape)
+        if sums is None or frame.header.get("seq") != self.seq:
+            raise FormatError("the manifest was replaced")
+        return sums
 
 
 @dataclass(frozen=True)
@@ -93,7 +124,7 @@ class SealedSegment:
     last_step: int
     shape: Shape | None
     files: dict[str, SealedFile]
-    sums: ExpertSums | None = None
+    sums: ExpertSums | StoredSums | None = None
     #: The least and the greatest ``time`` of its steps, ns since 1970; None in recordings from before 1.2.
     times: tuple[int, int] | None = None
     #: Why it is worth keeping longer than others: ``start``, ``rearrangement``, ``imbalance``.
@@ -143,12 +174,14 @@ class SealedSegment:
         return header if self.thinned is None else {**header, **vars(self.thinned)}
 
     def to_frame(self) -> bytes:
+        """Raises as :meth:`StoredSums.read`."""
         kind = "sealed" if self.thinned is None else "thinned"
-        return frames.encode(kind, self.to_header(), None if self.sums is None else self.sums.arrays())
+        arrays = None if self.sums is None else self.sums.read().arrays()
+        return frames.encode(kind, self.to_header(), arrays)
 
     @classmethod
-    def from_frame(cls, frame: frames.Frame) -> SealedSegment:
-        """Raises FormatError."""
+    def from_frame(cls, frame: frames.Frame, file: frames.NamedFile | None = None) -> SealedSegment:
+        """Raises FormatError. ``file``: where the frame is, and its sums can be read again."""
         header = frame.header
         try:
             shape = None if header["shape"] is None else Shape(**header["shape"])
@@ -171,7 +204,12 @@ class SealedSegment:
                 thinned=thinned,
             )
             segment._validate()
-            segment = replace(segment, sums=ExpertSums.from_arrays(frame.arrays, shape))
+            sums = ExpertSums.from_arrays(frame.arrays, shape)
+            if file is None or sums is None or shape is None:
+                segment = replace(segment, sums=sums)
+            else:
+                stored = StoredSums(file, segment.seq, frame.start, frame.end, shape, sums.nbytes)
+                segment = replace(segment, sums=stored)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, FormatError):
                 raise
@@ -221,24 +259,32 @@ class Manifest:
     frame_bytes: dict[int, int] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, file: BinaryIO, size: int, session_id: str | None = None) -> Manifest:
+    def read(
+        cls, file: BinaryIO, size: int, session_id: str | None = None, path: frames.NamedFile | None = None
+    ) -> Manifest:
         """Read the first ``size`` bytes of a manifest, which must be of ``session_id`` if given.
 
-        Raises OSError. Damage raises nothing; see ``fault``.
+        ``path``: the sums of segments stay in this file, which it is, until they are read; default: they are
+        kept in memory. Raises OSError. Damage raises nothing; see ``fault``.
         """
         manifest = cls(session_id=session_id)
-        for item in frames.scan(file, size):
+        manifest.read_on(file, size, path)
+        return manifest
+
+    def read_on(self, file: BinaryIO, size: int, path: frames.NamedFile | None = None) -> None:
+        """Read what follows :attr:`end`, up to ``size`` bytes of the file. See :meth:`read`."""
+        file.seek(self.end)
+        for item in frames.scan(file, size, self.end):
             if isinstance(item, frames.Tail):
                 if item.fault == "damaged":
-                    manifest.fault = f"damaged from byte {item.end} on"
+                    self.fault = f"damaged from byte {item.end} on"
                 break
             try:
-                manifest.add(item)
+                self.add(item, path)
             except FormatError as error:
-                manifest.fault = str(error)
+                self.fault = str(error)
                 break
-            manifest.end = item.end
-        return manifest
+            self.end = item.end
 
     @classmethod
     def read_headers(cls, file: BinaryIO, size: int, session_id: str | None = None) -> Manifest:
@@ -267,8 +313,11 @@ class Manifest:
             return self.entries[seq]
         return next((entry for entry in self.entries.values() if entry.seq < seq <= entry.last_seq), None)
 
-    def add(self, frame: frames.Frame) -> None:
-        """Take in one more frame. Raises FormatError if it is malformed or of another session."""
+    def add(self, frame: frames.Frame, path: frames.NamedFile | None = None) -> None:
+        """Take in one more frame, of the file ``path``.
+
+        Raises FormatError if it is malformed or of another session.
+        """
         header = frame.header
         try:
             if frame.kind == "session":
@@ -277,7 +326,7 @@ class Manifest:
                     raise FormatError("of another session")
                 self.session_id = session_id
             elif frame.kind in ("sealed", "thinned"):
-                entry = SealedSegment.from_frame(frame)
+                entry = SealedSegment.from_frame(frame, path)
                 if entry.last_seq > entry.seq:
                     for seq in [seq for seq in self.entries if entry.seq < seq <= entry.last_seq]:
                         del self.entries[seq]
@@ -291,45 +340,92 @@ class Manifest:
             raise FormatError(str(error)) from None
 
 
-def append_manifest(folder: Path, info: SessionInfo, item: SealedSegment | bytes) -> None:
-    """Append an entry or a frame to the session's manifest, which begins with a session frame, and sync it.
+class ManifestFile:
+    """A session's manifest, for a process that appends to it again and again.
 
-    Raises OSError, and FormatError if the manifest is damaged, or lists the entry's segment with more steps:
-    then the entry is of a journal that a power cut shortened.
+    It reads and verifies again only what was appended, unless another process changed the file: after a day,
+    a manifest has hundreds of megabytes.
     """
-    path = folder / MANIFEST_FILE
-    with path.open("a+b") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(0)
-        manifest = Manifest.read(file, size, info.session_id)
-        if manifest.fault is not None:
-            raise FormatError(f"{MANIFEST_FILE} is damaged from byte {manifest.end} on")
-        frame = item.to_frame() if isinstance(item, SealedSegment) else item
-        listed = manifest.entry_of(item.seq) if isinstance(item, SealedSegment) else None
-        if isinstance(item, SealedSegment) and item.thinned is None and listed is not None:
-            if listed.thinned is not None:
-                raise FormatError(f"{MANIFEST_FILE} lists it as thinned")
-            if item.step_rows < listed.step_rows:
-                text = f"it has {item.step_rows} of the {listed.step_rows} steps that {MANIFEST_FILE} lists"
-                raise FormatError(text)
-        # An unfinished write was about a segment whose journal still exists: it is sealed again.
-        file.truncate(manifest.end)
-        if manifest.end == 0:
-            frame = frames.encode("session", {"session": info.to_dict()}) + frame
-        file.write(frame)
-        file.flush()
-        os.fsync(file.fileno())
-    if manifest.end == 0:
-        fsync_folder(folder)
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / MANIFEST_FILE
+        self._manifest = Manifest()
+        #: What the file looked like when this process left it.
+        self._left: tuple[int, int, int] | None = None
+
+    def read(self, session_id: str) -> Manifest:
+        """The manifest. Raises OSError, and FormatError if it is damaged."""
+        with self.path.open("rb") as file:
+            return self._read(file, session_id)
+
+    def append(self, info: SessionInfo, item: SealedSegment | bytes) -> None:
+        """Append an entry or a frame, and sync it. A new manifest begins with a session frame.
+
+        Raises OSError, and FormatError if the manifest is damaged, or lists the entry's segment with more
+        steps: then the entry is of a journal that a power cut shortened.
+        """
+        with self.path.open("a+b") as file:
+            manifest = self._read(file, info.session_id)
+            if isinstance(item, SealedSegment) and item.thinned is None:
+                _check_listed(manifest.entry_of(item.seq), item)
+            frame = item.to_frame() if isinstance(item, SealedSegment) else item
+            # An unfinished write was about a segment whose journal still exists: it is sealed again.
+            file.truncate(manifest.end)
+            begins = manifest.end == 0
+            if begins:
+                frame = frames.encode("session", {"session": info.to_dict()}) + frame
+            file.write(frame)
+            file.flush()
+            os.fsync(file.fileno())
+            self._left = _identity(file)
+        if begins:
+            fsync_folder(self.path.parent)
+
+    def _read(self, file: BinaryIO, session_id: str) -> Manifest:
+        if self._left is None or self._left != _identity(file):
+            self._manifest = Manifest(session_id=session_id)
+        self._left = None
+        self._manifest.read_on(file, file.seek(0, os.SEEK_END), self.path)
+        if self._manifest.fault is not None:
+            raise FormatError(f"{MANIFEST_FILE} is damaged from byte {self._manifest.end} on")
+        self._left = _identity(file)
+        return self._manifest
 
 
-def close_manifest(folder: Path, info: SessionInfo, stats: dict[str, Any]) -> None:
-    """Append the final accounting, which ends a session. Raises as :func:`append_manifest`."""
-    append_manifest(folder, info, closed_frame(stats))
+def _identity(file: BinaryIO) -> tuple[int, int, int]:
+    """It differs if a file was replaced, or if another process wrote to it."""
+    stat = os.fstat(file.fileno())
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def _check_listed(listed: SealedSegment | None, item: SealedSegment) -> None:
+    """Raise FormatError if what a manifest lists of a segment is better than a new entry of it."""
+    if listed is None:
+        return
+    if listed.thinned is not None:
+        raise FormatError(f"{MANIFEST_FILE} lists it as thinned")
+    if item.step_rows < listed.step_rows:
+        text = f"it has {item.step_rows} of the {listed.step_rows} steps that {MANIFEST_FILE} lists"
+        raise FormatError(text)
+
+
+def append_manifest(folder: Path, info: SessionInfo, item: SealedSegment | bytes) -> None:
+    """Append an entry or a frame to a session's manifest, once. Raises as :meth:`ManifestFile.append`."""
+    ManifestFile(folder).append(info, item)
+
+
+def close_manifest(
+    folder: Path, info: SessionInfo, stats: dict[str, Any], file: ManifestFile | None = None
+) -> None:
+    """Append the final accounting, which ends a session. Raises as :meth:`ManifestFile.append`."""
+    (file or ManifestFile(folder)).append(info, closed_frame(stats))
 
 
 def rewrite_manifest(folder: Path, info: SessionInfo, manifest: Manifest) -> None:
-    """Replace a session's manifest by one without entries that others replaced. Raises OSError."""
+    """Replace a session's manifest by one without entries that others replaced.
+
+    Where the file has the sums of ``manifest`` changes. Raises OSError, FormatError.
+    """
     parts = [frames.encode("session", {"session": info.to_dict()})]
     if manifest.part is not None:
         first, last = manifest.part

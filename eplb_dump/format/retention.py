@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from eplb_dump.format.columns import number_column, values_of
 from eplb_dump.format.files import discard, publish, remove, temporary
 from eplb_dump.format.journal import Int64
-from eplb_dump.format.manifest import Manifest, SealedSegment, Thinned, append_manifest, rewrite_manifest
+from eplb_dump.format.manifest import Manifest, ManifestFile, SealedSegment, Thinned, rewrite_manifest
 from eplb_dump.format.minutes import NO_CUTS, Minutes
 from eplb_dump.format.schema import (
     MANIFEST_FILE,
@@ -162,26 +162,30 @@ def _size_class(entry: SealedSegment) -> int:
 
 
 def thin(
-    folder: Path, info: SessionInfo, thinning: Thinning, rolled_up: Minutes | None = None
+    folder: Path,
+    info: SessionInfo,
+    thinning: Thinning,
+    rolled_up: Minutes | None = None,
+    file: ManifestFile | None = None,
 ) -> SealedSegment:
     """Thin segments of a session, of which no other process writes files. Returns their new entry.
 
     Args:
+        file: the session's manifest, if this process appends to it more than once.
         rolled_up: the rows of ``minutes`` of the segment, if it has none, as one from before version 1.2.
 
     Raises OSError, and FormatError if the manifest or a file is damaged; nothing is changed then, or the
     manifest lists what is kept and some removed files remain.
     """
-    manifest = read_manifest(folder, info)
+    file = file or ManifestFile(folder)
+    manifest = file.read(info.session_id)
     entries = [manifest.entries[seq] for seq in thinning.seqs]
     entry = _keep(folder, info, entries, thinning, rolled_up)
-    append_manifest(folder, info, entry)
-    manifest.entries = {s: e for s, e in manifest.entries.items() if s not in thinning.seqs}
-    manifest.entries[entry.seq] = entry
+    file.append(info, entry)
     superseded = _superseded(entries, entry)
     if superseded:
         remove(*(folder / name for name in superseded))
-    _rewrite_if_worth_it(folder, info, manifest)
+    _rewrite_if_worth_it(folder, info, file.read(info.session_id))
     return entry
 
 
@@ -249,7 +253,7 @@ def _replace_entries(
     if size is not None and path.stat().st_size != size:
         raise OSError(errno.EBUSY, "another process writes into this session", str(path))
     rewrite_manifest(folder, info, replace(manifest, entries=entries))
-    manifest.entries = entries
+    manifest.entries = read_manifest(folder, info).entries  # where their sums are now
 
 
 def _superseded(entries: Iterable[SealedSegment], new: SealedSegment) -> list[str]:
@@ -260,12 +264,7 @@ def _superseded(entries: Iterable[SealedSegment], new: SealedSegment) -> list[st
 
 def read_manifest(folder: Path, info: SessionInfo) -> Manifest:
     """The manifest of a session. Raises OSError, and FormatError if it is damaged."""
-    path = folder / MANIFEST_FILE
-    with path.open("rb") as file:
-        manifest = Manifest.read(file, path.stat().st_size, info.session_id)
-    if manifest.fault is not None:
-        raise FormatError(f"{MANIFEST_FILE}: {manifest.fault}")
-    return manifest
+    return ManifestFile(folder).read(info.session_id)
 
 
 def remove_leftovers(folder: Path, info: SessionInfo) -> int:
@@ -301,10 +300,7 @@ def leftovers(manifest: Manifest, names: Iterable[str], journals: Iterable[int] 
 
 def _rewrite_if_worth_it(folder: Path, info: SessionInfo, manifest: Manifest) -> None:
     size = (folder / MANIFEST_FILE).stat().st_size
-    live = sum(
-        1024 + (0 if e.sums is None else sum(a.nbytes for a in e.sums.arrays().values()))
-        for e in manifest.entries.values()
-    )
+    live = sum(1024 + (0 if e.sums is None else e.sums.nbytes) for e in manifest.entries.values())
     if size - live > max(live, _WORTH_REWRITING):
         rewrite_manifest(folder, info, manifest)
 

@@ -35,9 +35,9 @@ from eplb_dump.format.journal import (
 )
 from eplb_dump.format.manifest import (
     ExpertSums,
+    ManifestFile,
     SealedFile,
     SealedSegment,
-    append_manifest,
 )
 from eplb_dump.format.minutes import MinutesBuilder
 from eplb_dump.format.notable import Notable
@@ -194,10 +194,14 @@ class Content(Protocol):
         ...
 
 
-def seal(journal_path: Path, notable: Notable | None = None) -> SealedSegment | None:
+def seal(
+    journal_path: Path, notable: Notable | None = None, manifest: ManifestFile | None = None
+) -> SealedSegment | None:
     """Turn a journal into a sealed segment and delete it. Returns None if it held no step.
 
-    ``notable``: what judges the segments of this session; default one that knows none of the earlier ones.
+    Args:
+        notable: what judges the segments of this session; default: one that knows none of the earlier ones.
+        manifest: the session's, if this process appends to it more than once.
 
     Raises OSError (the journal stays and remains valid) and FormatError (it is damaged, or its segment is
     sealed already and has more steps).
@@ -206,21 +210,23 @@ def seal(journal_path: Path, notable: Notable | None = None) -> SealedSegment | 
     with JournalSegment(journal_path) as journal:
         if journal.tail.fault == "damaged":
             raise FormatError(f"it is damaged from byte {journal.tail.end} on and was not sealed")
-        entry = write_segment(folder, journal, notable) if len(journal.steps.step) else None
+        entry = write_segment(folder, journal, notable, manifest) if len(journal.steps.step) else None
     remove(journal_path)
     return entry
 
 
-def write_segment(folder: Path, content: Content, notable: Notable | None = None) -> SealedSegment:
+def write_segment(
+    folder: Path, content: Content, notable: Notable | None = None, manifest: ManifestFile | None = None
+) -> SealedSegment:
     """Write a segment with at least one step, and list it in the manifest.
 
-    ``notable``: as for :func:`seal`.
+    ``notable``, ``manifest``: as for :func:`seal`.
 
     Raises OSError, and FormatError, also if the manifest lists this segment with more steps.
     """
     try:
         entry = _write_files(folder, content, notable or Notable())
-        append_manifest(folder, content.info, entry)
+        (manifest or ManifestFile(folder)).append(content.info, entry)
     except Exception:  # free the space, as the disk may be full
         discard(temporary(folder / segment_name(table, content.seq)) for table in SCHEMAS)
         raise

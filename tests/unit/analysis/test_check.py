@@ -58,9 +58,10 @@ def test_sums_that_differ_from_the_loads_are_found(tmp_path: Path) -> None:
     session, sealed, closed = manifest(folder)
     entry = SealedSegment.from_frame(sealed)
     assert entry.sums is not None
-    wrong = entry.sums.load.copy()
+    sums = entry.sums.read()
+    wrong = sums.load.copy()
     wrong[LAYERS, 1] += 1
-    entry = dataclasses.replace(entry, sums=dataclasses.replace(entry.sums, load=wrong))
+    entry = dataclasses.replace(entry, sums=dataclasses.replace(sums, load=wrong))
     parts = [frames.encode(f.kind, f.header, f.arrays) for f in (session, closed)]
     (folder / MANIFEST_FILE).write_bytes(parts[0] + entry.to_frame() + parts[1])
     assert str(folder) in codes(tmp_path)["sums_differ"]

@@ -8,9 +8,10 @@ import itertools
 import json
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -44,7 +45,16 @@ from eplb_dump.format.journal import (
     UnbegunJournal,
     load_shape,
 )
-from eplb_dump.format.manifest import Manifest, SealedSegment, append_manifest, close_manifest
+from eplb_dump.format.manifest import (
+    ExpertSums,
+    Manifest,
+    ManifestFile,
+    SealedSegment,
+    StoredSums,
+    append_manifest,
+    close_manifest,
+    rewrite_manifest,
+)
 from eplb_dump.format.schema import (
     EMPTY_SLOT,
     MANIFEST_FILE,
@@ -649,6 +659,7 @@ def test_manifest_holds_tokens_of_each_slot(tmp_path: Path) -> None:
     entry = seal(write_journal(tmp_path)[0])
     assert entry is not None
     assert entry.sums is not None
+    sums = entry.sums.read()
     loads, changes = truth_loads(), truth_placements()
     rows = []
     for layer in range(LAYERS):
@@ -659,7 +670,7 @@ def test_manifest_holds_tokens_of_each_slot(tmp_path: Path) -> None:
             if of_steps:
                 begin = min(step for step in loads if step >= low)
                 rows.append((layer, begin, np.sum(of_steps, axis=0).tolist()))
-    found = zip(entry.sums.layer.tolist(), entry.sums.step.tolist(), entry.sums.load.tolist(), strict=True)
+    found = zip(sums.layer.tolist(), sums.step.tolist(), sums.load.tolist(), strict=True)
     assert list(found) == rows
 
 
@@ -715,6 +726,94 @@ def test_manifest_of_another_session_is_neither_read_nor_extended(tmp_path: Path
     with pytest.raises(FormatError, match="damaged from byte 0 on"):
         close_manifest(tmp_path, session_info(session_id="other"), {})
     assert (tmp_path / MANIFEST_FILE).read_bytes() == data
+
+
+def sealed_entry(folder: Path) -> SealedSegment:
+    """An entry with sums, of no files."""
+    folder.mkdir()
+    entry = seal(write_journal(folder)[0])
+    assert entry is not None
+    return replace(entry, files={})
+
+
+def sums_of(entry: SealedSegment) -> ExpertSums:
+    assert entry.sums is not None
+    return entry.sums.read()
+
+
+def test_sums_of_long_runs_stay_in_the_file(tmp_path: Path) -> None:
+    entry = sealed_entry(tmp_path / "source")
+    file = ManifestFile(tmp_path)
+    for seq in range(3):
+        file.append(INFO, replace(entry, seq=seq))
+    manifest = file.read(INFO.session_id)
+    assert [*manifest.entries] == [0, 1, 2]
+    for listed in manifest.entries.values():
+        assert isinstance(listed.sums, StoredSums)
+        assert listed.sums.nbytes == sums_of(entry).nbytes
+        assert listed.to_frame() == replace(entry, seq=listed.seq).to_frame()
+
+
+def test_sums_in_a_manifest_that_was_replaced_are_not_guessed(tmp_path: Path) -> None:
+    entry = sealed_entry(tmp_path / "source")
+    file = ManifestFile(tmp_path)
+    for seq in range(2):
+        file.append(INFO, replace(entry, seq=seq))
+    before = file.read(INFO.session_id)
+    rewrite_manifest(tmp_path, INFO, replace(before, entries={1: before.entries[1]}))
+    for entry in before.entries.values():  # at the first one's place is the second one now
+        with pytest.raises(FormatError):
+            sums_of(entry)
+    close_manifest(tmp_path, INFO, {"text": "x" * 1000})
+    rewrite_manifest(tmp_path, INFO, replace(file.read(INFO.session_id), entries={}))
+    with pytest.raises(FormatError):
+        sums_of(before.entries[0])
+
+
+def test_what_a_process_has_appended_is_verified_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To read hundreds of megabytes for each segment would cost more than to seal it."""
+    starts = []
+    real = frames.scan
+
+    def scan(file: BinaryIO, size: int, start: int = 0) -> Iterator[Any]:
+        starts.append((start, size))
+        return real(file, size, start)
+
+    monkeypatch.setattr(frames, "scan", scan)
+    file, ends = ManifestFile(tmp_path), [0]
+    for number in range(4):
+        file.append(INFO, frames.encode("part", {"first_step": number, "last_step": 9}))
+        ends.append((tmp_path / MANIFEST_FILE).stat().st_size)
+    assert starts == [(0, 0), *itertools.pairwise(ends[:4])]
+    assert file.read(INFO.session_id).part == (3, 9)
+    starts.clear()
+    ManifestFile(tmp_path).append(INFO, frames.encode("closed", {}))
+    assert file.read(INFO.session_id).closed is not None
+    assert starts == [(0, ends[-1]), (0, (tmp_path / MANIFEST_FILE).stat().st_size)]
+
+
+@pytest.mark.parametrize("change", ["damaged", "shorter", "replaced"])
+def test_manifest_that_another_process_changed_is_read_again(tmp_path: Path, change: str) -> None:
+    file = ManifestFile(tmp_path)
+    for number in range(3):
+        file.append(INFO, frames.encode("part", {"first_step": number, "last_step": 9}))
+    path = tmp_path / MANIFEST_FILE
+    data = path.read_bytes()
+    if change == "shorter":
+        with path.open("r+b") as opened:
+            opened.truncate(len(data) - 1)
+        file.append(INFO, frames.encode("closed", {}))  # behind the last whole frame
+        assert file.read(INFO.session_id).part == (1, 9)
+        return
+    wrong = data[:-40] + b"x" + data[-39:]
+    if change == "replaced":
+        path.unlink()
+    path.write_bytes(wrong)
+    with pytest.raises(FormatError, match="is damaged from byte"):
+        file.append(INFO, frames.encode("closed", {}))
+    assert path.read_bytes() == wrong
 
 
 def test_manifest_with_malformed_entry_is_not_extended(tmp_path: Path) -> None:

@@ -484,11 +484,11 @@ def test_close_does_not_wait_for_retention(tmp_path: Path, monkeypatch: pytest.M
     """It ends after the thinning that is in progress, though more are due."""
     going, go, calls, real = threading.Event(), threading.Event(), [], retention.thin
 
-    def slow(*arguments: Any) -> Any:
+    def slow(*arguments: Any, **others: Any) -> Any:
         calls.append(arguments[2])
         going.set()
         assert go.wait(60)
-        return real(*arguments)
+        return real(*arguments, **others)
 
     monkeypatch.setattr(retention, "thin", slow)
     writer = big_writer(tmp_path, segment_steps=20, max_age=0.001)
