@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests/support"))
 from benchmarks.workload import EP_SIZE, LAYERS, LOGICAL, SLOTS, placement, rates
 from eplb_dump.format.files import publish
 from eplb_dump.format.journal import PlacementRows, Shape
-from eplb_dump.format.manifest import SealedSegment, Thinned, append_manifest, close_manifest
+from eplb_dump.format.manifest import ManifestFile, SealedSegment, Thinned, close_manifest
 from eplb_dump.format.minutes import MINUTE_NS, SCALES, TOP_SLOTS, Minutes
 from eplb_dump.format.schema import MINUTES_SCHEMA, Scope, Tier
 from eplb_dump.format.segment import SegmentFiles, placements_table
@@ -215,7 +215,7 @@ def _write(folder: Path, info: SessionInfo, first: int, end: int, rank: int | No
         thinned=Thinned(Tier.MINUTES, last_seq, n, n, "budget"),
     )  # fmt: skip
     publish(*(folder / file.name for file in tables.files.values()))
-    append_manifest(folder, info, entry)
+    ManifestFile(folder).append(info, entry)
 
 
 # ---- measuring

@@ -37,7 +37,7 @@ from eplb_analyze.storage import path
 from eplb_analyze.storage.path import StoragePath
 from eplb_analyze.text import listed, plural
 from eplb_dump.format.journal import Int32, Int64, Loads, PlacementRows, Shape, StepRows
-from eplb_dump.format.manifest import close_manifest
+from eplb_dump.format.manifest import ManifestFile, close_manifest
 from eplb_dump.format.notable import Notable
 from eplb_dump.format.schema import (
     FORMAT_NAME,
@@ -364,15 +364,15 @@ def _write(compaction: Compaction, root: Path, info: SessionInfo) -> Counter[int
     folder = session_path(root, info)
     folder.mkdir(parents=True)
     counts: Counter[int] = Counter()
-    notable = Notable()
+    notable, manifest = Notable(), ManifestFile(folder)
     for content in compaction.contents(info):
-        write_segment(folder, content, notable)
+        write_segment(folder, content, notable, manifest)
         counts.update(content.steps.status.tolist())
         counts[StepState.INCOMPLETE] += content.incomplete
     stats = {status.label: counts[status] for status in Status}
     stats["seen"] = sum(stats.values())
     write_session_file(folder, info)
-    close_manifest(folder, info, stats)
+    close_manifest(folder, info, stats, manifest)
     return counts
 
 

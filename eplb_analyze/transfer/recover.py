@@ -26,7 +26,7 @@ from eplb_analyze.storage.path import StoragePath, local
 from eplb_dump.format.files import publish, remove, temporary
 from eplb_dump.format.frames import encode
 from eplb_dump.format.journal import JournalSegment, UnbegunJournal, lock
-from eplb_dump.format.manifest import Manifest, SealedSegment, append_manifest
+from eplb_dump.format.manifest import Manifest, ManifestFile, SealedSegment
 from eplb_dump.format.retention import remove_leftovers
 from eplb_dump.format.schema import JOURNAL_PATTERN, MANIFEST_FILE, SESSION_FILE, FormatError
 from eplb_dump.format.segment import seal
@@ -108,8 +108,9 @@ def _seal_session(folder: Path, info: SessionInfo, report: RecoverReport, *, reb
     try:
         if not (folder / MANIFEST_FILE).exists() and not any(map(_in_use, journals.values())):
             manifest = rebuilt_manifest(folder, info)
+            file = ManifestFile(folder)
             for entry in manifest.entries.values():
-                append_manifest(folder, info, entry)
+                file.append(info, entry)
             report.restored.extend([str(folder / MANIFEST_FILE)] * bool(manifest.entries))
     except OSError as error:
         _failed(report, folder / MANIFEST_FILE, error)
@@ -156,7 +157,7 @@ def _keep_closed(path: Path) -> None:
     """Mark a session in its manifest as closed if its journal is. Raises as `recover`."""
     with suppress(UnbegunJournal), JournalSegment(path) as journal:
         if journal.closed is not None:
-            append_manifest(path.parent, journal.info, encode("closed", journal.closed))
+            ManifestFile(path.parent).append(journal.info, encode("closed", journal.closed))
 
 
 def _failed(report: RecoverReport, path: Path, error: OSError | FormatError) -> None:

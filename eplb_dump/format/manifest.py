@@ -409,11 +409,6 @@ def _check_listed(listed: SealedSegment | None, item: SealedSegment) -> None:
         raise FormatError(text)
 
 
-def append_manifest(folder: Path, info: SessionInfo, item: SealedSegment | bytes) -> None:
-    """Append an entry or a frame to a session's manifest, once. Raises as :meth:`ManifestFile.append`."""
-    ManifestFile(folder).append(info, item)
-
-
 def close_manifest(
     folder: Path, info: SessionInfo, stats: dict[str, Any], file: ManifestFile | None = None
 ) -> None:

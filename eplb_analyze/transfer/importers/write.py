@@ -23,7 +23,7 @@ from eplb_analyze.transfer.importers.plan import Plan
 from eplb_analyze.transfer.importers.source import UNKNOWN_ROW, Chunk
 from eplb_dump.format import frames, journal
 from eplb_dump.format.journal import Int64, JournalAppender, Shape, StepRows
-from eplb_dump.format.manifest import close_manifest
+from eplb_dump.format.manifest import ManifestFile, close_manifest
 from eplb_dump.format.schema import MAX_NUMBER, Status
 from eplb_dump.format.segment import seal
 from eplb_dump.format.session import Origin, SessionInfo, SourceFile, session_path, write_session_file
@@ -127,6 +127,7 @@ class _Session:
         self._folder = session_path(root, info)
         self._folder.mkdir(parents=True)
         self._writer = SessionWriter(self._folder, info, self._seal)
+        self._manifest = ManifestFile(self._folder)
         self._placements = PlacementEncoder()
         self._last: int | None = None
         self._steps: list[Int64] = [np.empty(0, np.int64)]
@@ -150,11 +151,11 @@ class _Session:
         stats = {"seen": recorded + self.not_sampled, "recorded": recorded, "not_sampled": self.not_sampled}
         stats |= {"dummy": 0, "dropped": 0, "rejected": 0}
         write_session_file(self._folder, self._writer.info)
-        close_manifest(self._folder, self._writer.info, stats)
+        close_manifest(self._folder, self._writer.info, stats, self._manifest)
 
     def _seal(self, journal: JournalAppender) -> None:
         journal.close()
-        entry = seal(journal.path)
+        entry = seal(journal.path, manifest=self._manifest)
         self.rows += 0 if entry is None else sum(file.rows for file in entry.files.values())
 
     def _batches(self, chunk: Chunk) -> Iterator[Chunk]:

@@ -28,7 +28,7 @@ from eplb_analyze.reader import rolled_up
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.report.document import report_document
 from eplb_analyze.sessions.segments import DamagedSegmentError
-from eplb_dump.format.manifest import SealedFile, append_manifest
+from eplb_dump.format.manifest import ManifestFile, SealedFile
 from eplb_dump.format.minutes import MINUTE_NS
 from eplb_dump.format.schema import MINUTES_SCHEMA, Tier
 from eplb_dump.format.segment import footer_crc32
@@ -727,7 +727,7 @@ def test_sums_with_lists_of_a_wrong_length_are_refused_before_they_are_read(root
     changed = table.set_column(table.column_names.index(column), MINUTES_SCHEMA.field(column), longer)
     pq.write_table(changed, path, write_page_checksum=True)
     file = SealedFile(path.name, path.stat().st_size, entry.files["minutes"].rows, footer_crc32(path))
-    append_manifest(folder, info_of(folder), replace(entry, files={**entry.files, "minutes": file}))
+    ManifestFile(folder).append(info_of(folder), replace(entry, files={**entry.files, "minutes": file}))
     (segment,) = open_run(root).sessions[0].retired
     with pytest.raises(DamagedSegmentError, match="the lengths of its lists do not match the manifest"):
         next(segment.minutes([column]))

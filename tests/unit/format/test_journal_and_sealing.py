@@ -51,7 +51,6 @@ from eplb_dump.format.manifest import (
     ManifestFile,
     SealedSegment,
     StoredSums,
-    append_manifest,
     close_manifest,
     rewrite_manifest,
 )
@@ -703,7 +702,7 @@ def read_manifest(data: bytes, session_id: str | None = None) -> Manifest:
 def test_manifest_reads_valid_prefix(tmp_path: Path) -> None:
     """A torn end is no fault, damage is one, and what comes before it is read either way."""
     seal(write_journal(tmp_path)[0])
-    append_manifest(tmp_path, INFO, frames.encode("part", {"first_step": 1, "last_step": 9}))
+    ManifestFile(tmp_path).append(INFO, frames.encode("part", {"first_step": 1, "last_step": 9}))
     close_manifest(tmp_path, INFO, {"seen": 2})
     data = (tmp_path / MANIFEST_FILE).read_bytes()
     whole = read_manifest(data, INFO.session_id)
@@ -728,12 +727,15 @@ def test_manifest_of_another_session_is_neither_read_nor_extended(tmp_path: Path
     assert (tmp_path / MANIFEST_FILE).read_bytes() == data
 
 
-def sealed_entry(folder: Path) -> SealedSegment:
-    """An entry with sums, of no files."""
-    folder.mkdir()
-    entry = seal(write_journal(folder)[0])
+def manifest_with_sums(folder: Path, segments: int) -> tuple[ManifestFile, SealedSegment]:
+    """A manifest that lists segments with sums, and the entry that all of them are like."""
+    (folder / "source").mkdir()
+    entry = seal(write_journal(folder / "source")[0])
     assert entry is not None
-    return replace(entry, files={})
+    entry, file = replace(entry, files={}), ManifestFile(folder)
+    for seq in range(segments):
+        file.append(INFO, replace(entry, seq=seq))
+    return file, entry
 
 
 def sums_of(entry: SealedSegment) -> ExpertSums:
@@ -742,10 +744,7 @@ def sums_of(entry: SealedSegment) -> ExpertSums:
 
 
 def test_sums_of_long_runs_stay_in_the_file(tmp_path: Path) -> None:
-    entry = sealed_entry(tmp_path / "source")
-    file = ManifestFile(tmp_path)
-    for seq in range(3):
-        file.append(INFO, replace(entry, seq=seq))
+    file, entry = manifest_with_sums(tmp_path, 3)
     manifest = file.read(INFO.session_id)
     assert [*manifest.entries] == [0, 1, 2]
     for listed in manifest.entries.values():
@@ -755,10 +754,7 @@ def test_sums_of_long_runs_stay_in_the_file(tmp_path: Path) -> None:
 
 
 def test_sums_in_a_manifest_that_was_replaced_are_not_guessed(tmp_path: Path) -> None:
-    entry = sealed_entry(tmp_path / "source")
-    file = ManifestFile(tmp_path)
-    for seq in range(2):
-        file.append(INFO, replace(entry, seq=seq))
+    file, _ = manifest_with_sums(tmp_path, 2)
     before = file.read(INFO.session_id)
     rewrite_manifest(tmp_path, INFO, replace(before, entries={1: before.entries[1]}))
     for entry in before.entries.values():  # at the first one's place is the second one now
@@ -811,6 +807,8 @@ def test_manifest_that_another_process_changed_is_read_again(tmp_path: Path, cha
     if change == "replaced":
         path.unlink()
     path.write_bytes(wrong)
+    # Later than any clock tick that the last append was in.
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 10**9))
     with pytest.raises(FormatError, match="is damaged from byte"):
         file.append(INFO, frames.encode("closed", {}))
     assert path.read_bytes() == wrong
@@ -818,6 +816,6 @@ def test_manifest_that_another_process_changed_is_read_again(tmp_path: Path, cha
 
 def test_manifest_with_malformed_entry_is_not_extended(tmp_path: Path) -> None:
     """Readers stop at the malformed entry, so a later one would be lost with its journal deleted."""
-    append_manifest(tmp_path, INFO, frames.encode("sealed", {"seq": "x"}))
+    ManifestFile(tmp_path).append(INFO, frames.encode("sealed", {"seq": "x"}))
     with pytest.raises(FormatError, match="damaged from byte"):
         close_manifest(tmp_path, INFO, {})
