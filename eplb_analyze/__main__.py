@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import sys
 
+from eplb_analyze.forks import allow_forks
+
 
 def main() -> None:
     # We run our own threads; those of numpy's linear algebra library would compete with them.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    allow_forks()
     try:
         from eplb_analyze.cli import app
     except ModuleNotFoundError as error:

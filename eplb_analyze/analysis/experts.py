@@ -17,10 +17,11 @@ import numpy.typing as npt
 from eplb_analyze.analysis.expert_windows import ExpertWindows
 from eplb_analyze.errors import DumpError
 from eplb_analyze.json_report import remembers_run
-from eplb_analyze.reader.blocks import Block, UseLayer
+from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.completeness import Completeness
-from eplb_analyze.reader.configurations import LastConfiguration, LoadSums, SumsReport
+from eplb_analyze.reader.configurations import LastConfiguration, Sums, SumsReport
 from eplb_analyze.reader.placements import fold, holdings, replicas, sums_between
+from eplb_analyze.reader.readings import Reading
 from eplb_analyze.reader.run import Run
 from eplb_analyze.text import listed, plural
 from eplb_dump.format.journal import Int32, Int64, Shape
@@ -243,7 +244,7 @@ def expert_report_of(
     )
 
 
-class ExpertSums(LoadSums):
+class ExpertSums(Sums):
     """Loads of some layers of one configuration, by logical expert, and by slot since the last change."""
 
     def __init__(
@@ -256,8 +257,8 @@ class ExpertSums(LoadSums):
         all_placements: bool,
     ) -> None:
         """``experts``: how many experts each layer has."""
-        super().__init__(shape, layers)
-        self.windows, self.experts = windows, experts
+        super().__init__(shape)
+        self.layers, self.windows, self.experts = layers, windows, experts
         self.all_placements = all_placements
         self.tokens = np.zeros((len(layers), run.info.num_logical_experts), np.int64)
         #: Tokens on slots of which it is not known, or not true, that they held an expert.
@@ -267,39 +268,47 @@ class ExpertSums(LoadSums):
         self.slot_tokens = np.zeros((len(layers), shape.num_physical_experts), np.int64)
         self._history = run.history
 
-    def _begin(self, block: Block) -> UseLayer:
-        steps, windows = block.recorded, self.windows
-        bounds = [0, *range(windows.size - windows.filled, len(steps), windows.size), len(steps)]
-        #: Loads by logical expert between bounds: ``[bounds - 1, layers, experts]``.
-        logical = np.zeros((len(bounds) - 1, *self.tokens.shape), np.int64)
-        self._begun = steps, bounds, logical
+    def _reading(self, block: Block) -> Reading:
+        steps, experts = block.recorded, self.tokens.shape[1]
+        bounds = self._bounds((self.recorded - len(steps)) % self.windows.size, len(steps))
+        logical: Int64 = np.zeros((len(bounds) - 1, *self.tokens.shape), np.int64)
+        by_period: list[list[Int64]] = [[] for _ in self.layers]
+        unknown = np.zeros_like(self.unknown)
 
-        def add(layer: int, load: npt.NDArray[Any]) -> None:
+        def use(layer: int, load: npt.NDArray[Any]) -> None:
             i = layer - self.layers.start
             for slots, starts, sums in sums_between(load, steps, self._history.layer(layer), bounds):
-                in_window = np.searchsorted(bounds, starts, side="right") - 1
-                logical[in_window, i] += self._fold(i, sums, slots)
+                by_period[i].append(sums.sum(axis=0))
+                folded = np.zeros((len(sums), experts), np.int64)
+                if slots is not None and len(slots) == sums.shape[1]:
+                    folded = fold(sums, slots, experts)
+                unknown[i] += sums.sum() - folded.sum()
+                logical[np.searchsorted(bounds, starts, side="right") - 1, i] += folded
 
-        return add
+        return Reading(use, lambda: (logical, by_period, unknown), self.layers)
 
-    def end(self) -> None:
-        steps, bounds, logical = self._begun
+    def _bounds(self, filled: int, count: int) -> list[int]:
+        """Where windows begin and end in the next ``count`` steps, ``filled`` steps being in the open one."""
+        return [0, *range(self.windows.size - filled, count, self.windows.size), count]
+
+    def merge(self, block: Block, part: tuple[Int64, list[list[Int64]], Int64]) -> None:
+        """The part: loads by logical expert between bounds ``[bounds - 1, layers, experts]``; of each layer,
+        tokens by slot of each placement period ``[slots]``; and tokens of no known expert ``[layers]``.
+        """
+        steps = block.recorded
+        logical, by_period, unknown = part
         self.tokens += logical.sum(axis=0)
+        self.unknown += unknown
+        for i, (layer, own) in enumerate(zip(self.layers, by_period, strict=True)):
+            for (_, held), tokens in zip(self._history.layer(layer).periods(steps), own, strict=True):
+                slots = held if held is not None and len(held) == len(tokens) else None
+                if self.placed[i] is not slots:
+                    self.placed[i] = slots
+                    self.slot_tokens[i] = 0
+                self.slot_tokens[i] += tokens
+        bounds = self._bounds(self.windows.filled, len(steps))
         for load, (low, high) in zip(logical, itertools.pairwise(bounds), strict=True):
             self.windows.add(load, int(steps[low]), int(steps[high - 1]), high - low)
-
-    def _fold(self, i: int, load: Int64, slots: Int32 | None) -> Int64:
-        """Loads ``[n, slots]`` of one layer and placement as ``[n, experts]``; the next in order of steps."""
-        if slots is not None and len(slots) != load.shape[1]:
-            slots = None
-        if self.placed[i] is not slots:
-            self.placed[i] = slots
-            self.slot_tokens[i] = 0
-        self.slot_tokens[i] += load.sum(axis=0)
-        experts = self.tokens.shape[1]
-        out: Int64 = np.zeros((len(load), experts), np.int64) if slots is None else fold(load, slots, experts)
-        self.unknown[i] += load.sum() - out.sum()
-        return out
 
     @property
     def placement_first_step(self) -> int | None:

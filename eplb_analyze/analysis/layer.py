@@ -83,7 +83,7 @@ def _no_loads(run: Run, step: int, state: int) -> str:
 
 
 def _range(run: Run, layer: int, index: int, steps: tuple[int, int] | None) -> LayerReport:
-    found, _, notes = last_configuration(run, steps, _Blocks, estimate=True)
+    found, _, notes = last_configuration(run, steps, _Blocks, estimate=True, reads=False)
     report = _report(run, layer, index, found.blocks, complete=not found.missing)
     report.notes.extend(notes)
     return report
@@ -96,7 +96,7 @@ class _Blocks(Sums):
         super().__init__(shape)
         self.blocks: list[tuple[Block, Int64]] = []
 
-    def _add(self, block: Block) -> None:
+    def merge(self, block: Block, part: Any) -> None:
         self.blocks.append((block, block.recorded))
 
 

@@ -14,6 +14,7 @@ from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.configurations import Sums, SumsReport, last_configuration
 from eplb_analyze.reader.lost import lost_in, serving
+from eplb_analyze.reader.readings import Reading
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.run_info import uneven_nodes
 from eplb_dump.format.journal import Int64, Shape
@@ -92,15 +93,26 @@ class RankSums(Sums):
         self.slowest: Float64 = np.zeros(shape.ep_size)
         self.excess: Float64 = np.zeros(shape.ep_size)
 
-    def _add(self, block: Block) -> None:
-        terms = self._run.terms(block, each=self._add_load)
-        self.active += int(terms.active.sum())
-        self.max_tokens += float(terms.maximum.sum())
-        self.slowest += terms.by_slowest().sum(axis=0)
-        self.excess += terms.by_slowest(terms.excess).sum(axis=0)
+    def _reading(self, block: Block) -> Reading:
+        return Reading(None, lambda: self._part(block))
 
-    def _add_load(self, first: int, load: npt.NDArray[Any]) -> None:
-        self.load[first : first + load.shape[1]] += load.sum(axis=0)
+    def _part(self, block: Block) -> tuple[int, float, Int64, Float64, Float64]:
+        load = np.zeros_like(self.load)
+
+        def add(first: int, counts: npt.NDArray[Any]) -> None:
+            load[first : first + counts.shape[1]] = counts.sum(axis=0)
+
+        terms = self._run.terms(block, each=add)
+        by_slowest = terms.by_slowest().sum(axis=0), terms.by_slowest(terms.excess).sum(axis=0)
+        return int(terms.active.sum()), float(terms.maximum.sum()), load, *by_slowest
+
+    def merge(self, block: Block, part: tuple[int, float, Int64, Float64, Float64]) -> None:
+        active, max_tokens, load, slowest, excess = part
+        self.active += active
+        self.max_tokens += max_tokens
+        self.load += load
+        self.slowest += slowest
+        self.excess += excess
 
 
 @remembers_run

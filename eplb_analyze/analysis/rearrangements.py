@@ -14,15 +14,16 @@ import numpy.typing as npt
 from eplb_analyze.analysis.cost import RunCost, cost_of
 from eplb_analyze.analysis.milliseconds import Milliseconds
 from eplb_analyze.analysis.pauses import StepClock, pauses_of
-from eplb_analyze.analysis.worth import PlacementGain
+from eplb_analyze.analysis.worth import DealtSteps, PlacementGain
 from eplb_analyze.dispatch.deal import EXACT_IN_FLOAT32
 from eplb_analyze.json_report import RunReport, remembers_run
 from eplb_analyze.metrics import bootstrap, formulas
 from eplb_analyze.metrics.bootstrap import MIN_STEPS, Interval, Ratio
-from eplb_analyze.reader.blocks import Block, UseLayer
+from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.lost import ranks_lost_at, reduced, serving
 from eplb_analyze.reader.placements import Rearrangement, crossings, holdings, spread_evenly
+from eplb_analyze.reader.readings import Reading, read_blocks
 from eplb_analyze.reader.recorded_setting import not_due, overdue
 from eplb_analyze.reader.rolled_up import finest
 from eplb_analyze.reader.run import Run
@@ -172,9 +173,7 @@ def _report(
     run: Run, steps: tuple[int, int] | None, window: int, cost: RunCost | None
 ) -> RearrangementReport:
     sums = RearrangementSums(run, steps, window)
-    # The balance of the next blocks is read while the loads of one are spread.
-    for block, balancedness in run.over_blocks(sums.balancedness, steps):
-        sums.add(block, balancedness)
+    read_blocks(run, steps, sums)
     return sums.report(cost)
 
 
@@ -188,36 +187,34 @@ class RearrangementSums:
         self._gains = [change.worth for change in self._changes if change.worth is not None]
         self._folds = [fold for change in self._changes for fold in change.folds]
         self._whole, self._series = Completeness(), _Series()
-        self._spread: _Spread | None = None
         #: Of the steps of all phases; None if those added are not all.
         self._clock = StepClock() if steps is None and run.phase is None else None
 
-    def balancedness(self, block: Block) -> formulas.Float64 | None:
-        """That of a block's complete steps, if it has any."""
-        some = block.shape is not None and len(block.recorded)
-        return BALANCEDNESS.of(self._run.terms(block)) if some else None
-
-    def add(self, block: Block, balancedness: formulas.Float64 | None) -> None:
-        """Add the next block, and its :meth:`balancedness`."""
-        block.each_layer(self.begin(block, balancedness))
-        self.end()
-
-    def begin(self, block: Block, balancedness: formulas.Float64 | None) -> list[UseLayer]:
-        """Begin to :meth:`add`: hand the result to :meth:`Block.each_layer`, then call :meth:`end`."""
+    def start(self, block: Block) -> Reading | None:
+        """Begin to add the next block; None if it has no complete step."""
         self._whole.add(block)
         if self._clock is not None:
             self._clock.add(block)
-        self._spread = None
-        if block.shape is not None and balancedness is not None:
-            self._series.add(block.shape, block.recorded, balancedness)
-            if block.has_loads:
-                self._spread = _Spread(self._run, block, self._folds, self._gains)
-        return [self._spread.add] if self._spread else []
+        if block.shape is None or not len(block.recorded):
+            return None
+        spread = _Spread(self._run, block, self._folds, self._gains)
 
-    def end(self) -> None:
-        """All layers of a block are added."""
-        if self._spread is not None:
-            self._spread.end()
+        def part() -> tuple[formulas.Float64, _SpreadPart]:
+            return BALANCEDNESS.of(self._run.terms(block)), spread.part()
+
+        return Reading(spread.add if block.has_loads and spread else None, part)
+
+    def merge(self, block: Block, part: tuple[formulas.Float64, _SpreadPart] | None) -> None:
+        """Add the next block's part."""
+        if part is None:
+            return
+        balancedness, (folded, gains) = part
+        assert block.shape is not None
+        self._series.add(block.shape, block.recorded, balancedness)
+        for number, values in folded.items():
+            self._folds[number].values.append(values)
+        for number, dealt in gains.items():
+            self._gains[number].add(dealt)
 
     def report(self, cost: RunCost | None = None) -> RearrangementReport:
         """``cost``: as in :func:`rearrangement_report`."""
@@ -535,41 +532,47 @@ class _Series:
         return step[low:high][own], value[low:high][own]
 
 
+#: What a block adds to folds, and to gains, by their index.
+_SpreadPart = tuple[dict[int, formulas.Float64], dict[int, DealtSteps]]
+
+
 class _Spread:
-    """Adds a block's steps to the folds and gains that they belong to, layer by layer."""
+    """Spreads a block's steps for the folds and gains that they belong to, layer by layer."""
 
     def __init__(self, run: Run, block: Block, folds: list[_Fold], gains: list[PlacementGain]) -> None:
         assert block.shape is not None
         steps, self._experts = block.recorded, run.info.num_logical_experts
         #: Each with its steps in the block, and room for ``[steps, layers]``.
-        self._folds: list[tuple[_Fold, slice, formulas.Float64]] = []
-        for fold in folds:
+        self._folds: dict[int, tuple[_Fold, slice, formulas.Float64]] = {}
+        for number, fold in enumerate(folds):
             low, high = np.searchsorted(steps, fold.steps)
             if high > low and fold.shape == block.shape:
                 ratio = np.full((high - low, block.shape.num_moe_layers), np.nan)
-                self._folds.append((fold, slice(low, high), ratio))
-        self._gains = [
-            (gain, np.searchsorted(steps, own))
-            for gain in gains
-            if self._folds and len(own := gain.start(block, run.info.token_replication))
-        ]
+                self._folds[number] = fold, slice(low, high), ratio
+        self._gains = {
+            number: (gain, dealt, np.searchsorted(steps, dealt.steps))
+            for number, gain in enumerate(gains)
+            if self._folds and (dealt := gain.start(block, run.info.token_replication)) is not None
+        }
 
     def __bool__(self) -> bool:
         return bool(self._folds)
 
     def add(self, layer: int, load: npt.NDArray[Any]) -> None:
         """The loads of a layer in all complete steps of the block: integers ``[steps, slots]``."""
-        for gain, at in self._gains:
-            gain.add(layer, load[at], self._experts)
-        for fold, part, ratio in self._folds:
-            ratio[:, layer] = fold.balancedness(layer, load[part], self._experts)
+        for gain, dealt, at in self._gains.values():
+            gain.deal(dealt, layer, load[at], self._experts)
+        for fold, within, ratio in self._folds.values():
+            ratio[:, layer] = fold.balancedness(layer, load[within], self._experts)
 
-    def end(self) -> None:
-        """All layers are added."""
-        for fold, _, ratio in self._folds:
+    def part(self) -> _SpreadPart:
+        """What all layers of a block are added to."""
+        folded = {}
+        for number, (_, _, ratio) in self._folds.items():
             active = (~np.isnan(ratio)).sum(axis=1)
             total = np.nansum(ratio, axis=1)
-            fold.values.append(np.divide(total, active, out=np.full(len(ratio), np.nan), where=active > 0))
+            folded[number] = np.divide(total, active, out=np.full(len(ratio), np.nan), where=active > 0)
+        return folded, {number: dealt for number, (_, dealt, _) in self._gains.items()}
 
 
 def _listed(ranks: tuple[int, ...]) -> str:

@@ -18,6 +18,7 @@ from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.lost import serving
 from eplb_analyze.reader.placements import logical_sums
+from eplb_analyze.reader.readings import Reading, read_blocks
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.run_info import RunInfo
 from eplb_analyze.sessions.step_range import StepRange
@@ -243,13 +244,12 @@ def sums_of(run: Run, steps: tuple[int, int] | None, bins: Bins) -> SummarySums:
     are read. ``bins``: of the run, if the sums are of a part of it that is read separately.
     """
     total = RunSums(run, bins)
-    for block, sums in run.over_blocks(total.of, steps):
-        total.add(block, sums)
+    read_blocks(run, steps, total, threads=None)
     return total.sums
 
 
 class RunSums:
-    """The sums of a run, to be made of its blocks, by threads, and added in order of steps."""
+    """The sums of a run, made of its blocks in order of steps."""
 
     def __init__(self, run: Run, bins: Bins) -> None:
         """``bins``: as in :func:`sums_of`."""
@@ -264,15 +264,17 @@ class RunSums:
     def _none(self) -> SummarySums:
         return SummarySums(self._run.info.num_layers, self._bins, self._per_value)
 
-    def of(self, block: Block) -> SummarySums:
-        return SummarySums.of(self._run, self._bins, block, self._sampling, self._per_value)
+    def start(self, block: Block) -> Reading:
+        def part() -> SummarySums:
+            return SummarySums.of(self._run, self._bins, block, self._sampling, self._per_value)
 
-    def add(self, block: Block, sums: SummarySums) -> None:
-        """Add the next block; ``sums``: of it."""
+        return Reading(None, part)
+
+    def merge(self, block: Block, part: SummarySums) -> None:
         if int(block.step[0]) in self._edges:
             self._total.merge(self._part)
             self._part = self._none()
-        self._part.merge(sums)
+        self._part.merge(part)
 
     @property
     def sums(self) -> SummarySums:

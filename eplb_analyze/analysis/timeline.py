@@ -12,6 +12,7 @@ from eplb_analyze.json_report import remembers_run
 from eplb_analyze.metrics.formulas import ACTIVE_EXPERTS, FORMULAS, Float64
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.configurations import Configurations, estimate_notes
+from eplb_analyze.reader.readings import Reading, read_blocks
 from eplb_analyze.reader.rolled_up import from_minutes
 from eplb_analyze.reader.run import Run
 from eplb_analyze.sessions.step_range import StepRange
@@ -93,8 +94,7 @@ def _timeline(
     run: Run, formula: str, bins: int, index: int | None, steps: tuple[int, int] | None
 ) -> Timeline:
     sums = TimelineSums(run, formula, bins, index, steps)
-    for block in run.estimated(steps).blocks(steps):
-        sums.add(block)
+    read_blocks(run.estimated(steps), steps, sums)
     return sums.timeline()
 
 
@@ -126,12 +126,20 @@ class TimelineSums:
         self._missing: tuple[int, ...] = ()
         self._recorded = 0
 
-    def add(self, block: Block) -> None:
+    def start(self, block: Block) -> Reading | None:
+        """Count the next block; None if nothing of it is to be read."""
         number = self._configurations.number(block)
         if number is None:
-            return
+            return None
         assert block.shape is not None
         self._missing, self._recorded = block.missing, self._recorded + len(block.recorded)
+        shapes, shape = self._shapes, block.shape
+        begin = shapes[number].first_step if number in shapes else int(block.recorded[0])
+        shapes[number] = Stretch(begin, int(block.recorded[-1]), shape.ep_size, shape.num_physical_experts)
+        return Reading(None, lambda: self._values(block))
+
+    def _values(self, block: Block) -> tuple[Float64, Float64]:
+        """The formula for each complete step, and by how much each counts."""
         layers = (0, None) if self._index is None else (self._index, self._index + 1)
         if self._formula == ACTIVE_EXPERTS.name:
             terms = block.active_terms(*layers)
@@ -142,10 +150,12 @@ class TimelineSums:
         else:
             terms = self._run.terms(block, *layers)
             value, weight = FORMULAS[self._formula].of(terms), np.ones(len(terms.mean))
-        self._bins.add(block.recorded, value, weight)
-        shapes, shape = self._shapes, block.shape
-        begin = shapes[number].first_step if number in shapes else int(block.recorded[0])
-        shapes[number] = Stretch(begin, int(block.recorded[-1]), shape.ep_size, shape.num_physical_experts)
+        return value, weight
+
+    def merge(self, block: Block, part: tuple[Float64, Float64] | None) -> None:
+        """Add the next block's part."""
+        if part is not None:
+            self._bins.add(block.recorded, *part)
 
     def timeline(self) -> Timeline:
         """Raises DumpError if no step was complete."""

@@ -17,6 +17,7 @@ from eplb_analyze.json_report import remembers_run
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.configurations import Sums, SumsReport, last_configuration
 from eplb_analyze.reader.lost import lost_in
+from eplb_analyze.reader.readings import Reading
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.run_info import uneven_nodes
 from eplb_analyze.text import listed
@@ -246,11 +247,19 @@ class _Flows(Sums):
         self.flows = np.zeros((shape.num_moe_layers, shape.ep_size, shape.ep_size), np.int64)
         self._rank_of = rank_of
 
-    def _add(self, block: Block) -> None:
+    def _reading(self, block: Block) -> Reading:
+        return Reading(None, lambda: self._flows(block))
+
+    def _flows(self, block: Block) -> Int64:
+        flows = np.zeros_like(self.flows)
         for segment, _, there in block.matches(block.recorded):
             source = self._rank_of[id(segment)]
             for first, load in segment.rank_loads(0, self.shape.num_moe_layers):
-                self.flows[first : first + len(load), source] += load[:, there].sum(axis=1)
+                flows[first : first + len(load), source] += load[:, there].sum(axis=1)
+        return flows
+
+    def merge(self, block: Block, part: Int64) -> None:
+        self.flows += part
 
 
 def _shares(matrix: npt.NDArray[Any], node: npt.NDArray[np.int64] | None) -> Shares:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,18 @@ STEPS, LAYERS_DEALT, MAX_DEALS = 128, 1 << 12, 4
 PRICED = 0.5
 
 
+class DealtSteps(NamedTuple):
+    """Some steps of one block, and what they say of a gain."""
+
+    steps: Int64
+    token_replication: int
+    #: Work saved, float64 ``[layers, len(EXCHANGE_RATES), n]``.
+    saved: Float64
+    #: float64 ``[layers, n]``.
+    tokens: Float64
+    phases: list[str | None]
+
+
 class PlacementGain:
     """Steps after a rearrangement, to be added block by block.
 
@@ -37,55 +49,54 @@ class PlacementGain:
         """``after``: steps under the placement ``new``, by layer; ``old`` is the one before."""
         self._after, self._shape, self._old, self._new = after, shape, old, new
         self._stride = max(1, (after.end - after.first) // STEPS)
-        #: Of each block: work saved ``[layers, len(EXCHANGE_RATES), n]``, tokens ``[layers, n]``, and phases.
-        self._saved: list[Float64] = []
-        self._tokens: list[Float64] = []
-        self._phases: list[str | None] = []
+        self._dealt: list[DealtSteps] = []
 
-    def start(self, block: Block, token_replication: int) -> Int64:
-        """The steps of a block whose loads :meth:`add` wants; none if it is not called."""
-        self._dispatch = Dealt(token_replication=token_replication)
+    def start(self, block: Block, token_replication: int) -> DealtSteps | None:
+        """The steps of a block whose loads :meth:`deal` wants, none yet dealt; None if it wants none."""
         steps = block.recorded
         within = (steps >= self._after.first) & (steps < self._after.end)
-        self._steps: Int64 = steps[within & ((steps - self._after.first) % self._stride == 0)]
-        if block.shape != self._shape:
-            self._steps = self._steps[:0]
-        if len(self._steps):
-            layers, n = len(self._new), len(self._steps)
-            self._saved.append(np.zeros((layers, len(EXCHANGE_RATES), n)))
-            self._tokens.append(np.zeros((layers, n)))
-            self._phases += block.phase_names(self._steps)
-        return self._steps
+        steps = steps[within & ((steps - self._after.first) % self._stride == 0)]
+        if block.shape != self._shape or not len(steps):
+            return None
+        layers, n = len(self._new), len(steps)
+        saved, tokens = np.zeros((layers, len(EXCHANGE_RATES), n)), np.zeros((layers, n))
+        return DealtSteps(steps, token_replication, saved, tokens, block.phase_names(steps))
 
-    def add(self, layer: int, load: npt.NDArray[Any], experts: int) -> None:
-        """The loads of a layer in these steps: integers ``[n, slots]``."""
+    def deal(self, dealt: DealtSteps, layer: int, load: npt.NDArray[Any], experts: int) -> None:
+        """Deal the loads of a layer in these steps: integers ``[n, slots]``."""
         old, new = self._old[layer], self._new[layer]
-        self._tokens[-1][layer] = load.sum(axis=1) / self._dispatch.token_replication
+        dealt.tokens[layer] = load.sum(axis=1) / dealt.token_replication
         if np.array_equal(old, new):
             return
         draws = max(replica_draws(old), replica_draws(new))
         layers = len(self._new)
         repeats = min(MAX_DEALS, max(1, LAYERS_DEALT // (STEPS * layers)))
         streams = range(layer, layer + repeats * layers, layers)
-        deals = np.stack([random_bits(self._steps, stream, draws) for stream in streams])
+        deals = np.stack([random_bits(dealt.steps, stream, draws) for stream in streams])
         load = load.astype(sum_type(load, load.shape[1]), copy=False)
         logical, ranks = np.ascontiguousarray(fold(load, new, experts).T), self._shape.ep_size
+        dispatch = Dealt(token_replication=dealt.token_replication)
         before, after = (
-            self._dispatch.busiest_rank(Tokens(logical), Replicas(slots, ranks), deals, EXCHANGE_RATES)[2]
+            dispatch.busiest_rank(Tokens(logical), Replicas(slots, ranks), deals, EXCHANGE_RATES)[2]
             for slots in (old, new)
         )
-        self._saved[-1][layer] = before - after
+        dealt.saved[layer] = before - after
+
+    def add(self, dealt: DealtSteps) -> None:
+        """Add the steps of the next block, of which all layers are dealt."""
+        self._dealt.append(dealt)
 
     def priced(self, cost: RunCost) -> Interval | str:
         """ms per step, or why it is not known."""
-        if not self._saved:
+        if not self._dealt:
             return "no complete step after it"
-        saved = np.concatenate([each.sum(axis=0) for each in self._saved], axis=1)
-        tokens = np.concatenate([each.sum(axis=0) for each in self._tokens])
+        saved = np.concatenate([dealt.saved.sum(axis=0) for dealt in self._dealt], axis=1)
+        tokens = np.concatenate([dealt.tokens.sum(axis=0) for dealt in self._dealt])
+        phases = [name for dealt in self._dealt for name in dealt.phases]
         per_slot = tokens / (self._shape.num_moe_layers * self._shape.num_physical_experts)
         parts = {
             name: (int(mask.sum()), dict(enumerate(map(Ratio.mean, saved[:, mask]))))
-            for name, mask in phases_of(self._phases, per_slot)
+            for name, mask in phases_of(phases, per_slot)
         }
         return price_of(cost, parts, len(per_slot))
 

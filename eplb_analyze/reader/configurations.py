@@ -6,13 +6,15 @@ Loads are never summed across two.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from eplb_analyze.json_report import RunReport
-from eplb_analyze.reader.blocks import Block, UseLayer
+from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.completeness import Completeness
+from eplb_analyze.reader.readings import Reading, read_blocks
 from eplb_analyze.reader.run import Run
 from eplb_analyze.sessions.step_range import StepRange
 from eplb_analyze.text import listed, plural
@@ -53,50 +55,34 @@ class Sums(ABC):
         ids, steps = (run.info.run_id, run.info.model), (self.first_step, self.last_step, self.recorded)
         return *ids, whole, *steps, [*self.missing]
 
-    def add(self, block: Block) -> None:
-        """Add the next block, which has at least one complete step."""
-        self._count(block)
-        self._add(block)
-
-    def _count(self, block: Block) -> None:
+    def start(self, block: Block) -> Reading | None:
+        """Count the next block, which has at least one complete step, and say how it is read."""
         steps = block.recorded
         self.first_step = self.first_step if self.recorded else int(steps[0])
         self.last_step = int(steps[-1])
         self.recorded += len(steps)
         self.missing = block.missing
+        return self._reading(block)
+
+    def _reading(self, block: Block) -> Reading | None:
+        """None if none of its loads is needed."""
+        return None
 
     @abstractmethod
-    def _add(self, block: Block) -> None: ...
-
-
-class LoadSums(Sums):
-    """Sums of loads by slot; several can share one pass over them."""
-
-    def __init__(self, shape: Shape, layers: range) -> None:
-        super().__init__(shape)
-        self.layers = layers
-
-    def begin(self, block: Block) -> UseLayer:
-        """Begin to add the next block: hand the result to :meth:`Block.each_layer`, then call :meth:`end`."""
-        self._count(block)
-        return self._begin(block)
-
-    def end(self) -> None:
-        """Called when all layers of a block are added."""
-
-    @abstractmethod
-    def _begin(self, block: Block) -> UseLayer: ...
-
-    def _add(self, block: Block) -> None:
-        block.each_layer([self._begin(block)], self.layers)
-        self.end()
+    def merge(self, block: Block, part: Any) -> None:
+        """Add the next block's part. Later blocks may have been started, but not merged."""
 
 
 S = TypeVar("S", bound=Sums)
 
 
 def last_configuration(
-    run: Run, steps: tuple[int, int] | None, start: Callable[[Shape], S], *, estimate: bool = False
+    run: Run,
+    steps: tuple[int, int] | None,
+    start: Callable[[Shape], S],
+    *,
+    estimate: bool = False,
+    reads: bool = True,
 ) -> tuple[S, Completeness, list[str]]:
     """Sum the last configuration in a half-open range of steps (default: all) in one pass.
 
@@ -105,6 +91,7 @@ def last_configuration(
     Args:
         estimate: if no step is complete, of the ranks that are there: :meth:`Run.estimated
             <eplb_analyze.reader.run.Run.estimated>`.
+        reads: as for :meth:`LastConfiguration.add_all`.
 
     Returns:
         The sums, the completeness of all steps of the range, and notes: that they are for an estimate, and
@@ -115,16 +102,19 @@ def last_configuration(
         DumpError: no step in it is complete.
     """
     last = LastConfiguration(run, start)
-    last.add_all(steps, estimate=estimate)
+    last.add_all(steps, estimate=estimate, reads=reads)
     return last.result(steps)
 
 
 def last_of_configurations(
     run: Run, steps: tuple[int, int] | None, start: Callable[[Shape], S]
 ) -> tuple[S, Completeness, list[StepRange]]:
-    """:func:`last_configuration` with the steps of each earlier configuration in place of the notes."""
+    """:func:`last_configuration` of sums for which nothing is read.
+
+    With the steps of each earlier configuration in place of the notes.
+    """
     last = LastConfiguration(run, start)
-    last.add_all(steps)
+    last.add_all(steps, reads=False)
     if last.sums is None:
         raise run.nothing_complete(steps)
     return last.sums, last.seen, last.earlier
@@ -170,35 +160,47 @@ class LastConfiguration(Generic[S]):
         self._configurations = Configurations(run)
         self._current = -1
         self.sums: S | None = None
+        #: What blocks belong to that are not merged yet.
+        self._started: deque[S | None] = deque()
         self.earlier: list[StepRange] = []
 
     @property
     def seen(self) -> Completeness:
         return self._configurations.seen
 
-    def add(self, block: Block) -> None:
-        sums = self.sums_for(block)
-        if sums is not None:
-            sums.add(block)
-
-    def sums_for(self, block: Block) -> S | None:
-        """What the next block is to be added to; None if it has no complete step of the run."""
+    def start(self, block: Block) -> Reading | None:
+        """Begin to add the next block; None if nothing of it is to be read."""
         number = self._configurations.number(block)
-        if number is None:
-            return None
-        if self.sums is None or number != self._current:
+        if number is not None and (self.sums is None or number != self._current):
             if self.sums is not None:
                 self.earlier.append(self.sums.steps)
             assert block.shape is not None
             self.sums, self._current = self._start(block.shape), number
-        return self.sums
+        sums = None if number is None else self.sums
+        self._started.append(sums)
+        return None if sums is None else sums.start(block)
 
-    def add_all(self, steps: tuple[int, int] | None, *, estimate: bool = False) -> None:
-        """Add the blocks of the run, or of a half-open range of its steps."""
+    def merge(self, block: Block, part: Any) -> None:
+        """Add the first block that is started and not merged; ``part``: of its reading."""
+        sums = self._started.popleft()
+        if sums is not None:
+            sums.merge(block, part)
+
+    def add_all(self, steps: tuple[int, int] | None, *, estimate: bool = False, reads: bool = True) -> None:
+        """Add the blocks of the run, or of a half-open range of its steps.
+
+        Args:
+            reads: whether blocks are read for the sums, which other processes can do.
+        """
         if steps is not None:
             self.run.require(steps)
-        for block in (self.run.estimated(steps) if estimate else self.run).blocks(steps):
-            self.add(block)
+        run = self.run.estimated(steps) if estimate else self.run
+        if not reads:
+            for block in run.blocks(steps):
+                self.start(block)
+                self.merge(block, None)
+            return
+        read_blocks(run, steps, self)
 
     def result(self, steps: tuple[int, int] | None) -> tuple[S, Completeness, list[str]]:
         """What :func:`last_configuration` returns; ``steps``: the range that was asked for."""

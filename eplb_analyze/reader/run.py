@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_analyze.errors import AnalyzeError, DumpError, Finding, NotInDumpError
+from eplb_analyze.forks import forked_map
 from eplb_analyze.metrics import formulas
-from eplb_analyze.parallel import ordered_map
 from eplb_analyze.reader.blocks import Block, EstimateBlock, KeptBlock, PhaseBlock, iter_blocks, parts
 from eplb_analyze.reader.choose import choose
 from eplb_analyze.reader.clock import RunClock
@@ -391,8 +391,25 @@ class Run:
     def over_blocks(
         self, work: Callable[[Block], T], steps: tuple[int, int] | None = None
     ) -> Iterator[tuple[Block, T]]:
-        """Each block with ``work(block)``, in order of steps; threads share the work."""
-        for block, result in ordered_map(work, self._blocks(steps)):
+        """Each block with ``work(block)``, in order of steps; processes or threads share the work."""
+        for block, result in forked_map(work, self._blocks(steps)):
+            yield block, result
+            self._report(block, steps)
+
+    def over_readings(
+        self,
+        start: Callable[[Block], Callable[[], T]],
+        steps: tuple[int, int] | None = None,
+        threads: int | None = 1,
+    ) -> Iterator[tuple[Block, T]]:
+        """Each block with the result of what ``start(block)`` returns, in order of steps.
+
+        Args:
+            start: called in order of blocks, by each of the processes that share the work.
+            threads: where processes cannot be forked, by default one block is worked on at a time.
+        """
+        started = ((block, start(block)) for block in self._blocks(steps))
+        for (block, _), result in forked_map(lambda item: item[1](), started, threads):
             yield block, result
             self._report(block, steps)
 

@@ -74,7 +74,7 @@ class _StepTimes(Sums):
         super().__init__(shape)
         self.ms: list[Float64] = []
 
-    def _add(self, block: Block) -> None:
+    def merge(self, block: Block, part: Any) -> None:
         self.ms.append(block.since_last_ms[np.isfinite(block.since_last_ms)])
 
 

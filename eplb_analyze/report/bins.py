@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from eplb_analyze.reader.blocks import Block, UseLayer
-from eplb_analyze.reader.configurations import LoadSums
+from eplb_analyze.reader.blocks import Block
+from eplb_analyze.reader.configurations import Sums
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.lost import lost_in
 from eplb_analyze.reader.placements import LayerHistory, fold, sums_between
+from eplb_analyze.reader.readings import Reading
 from eplb_analyze.reader.run import Run
 from eplb_dump.format.journal import Int32, Int64, Shape
 
@@ -47,7 +48,7 @@ def bins_that_fit(run: Run) -> int:
     return next((bins for bins in range(MAX_BINS, 1, -1) if size(bins) <= MAX_BYTES), 1)
 
 
-class LoadBins(LoadSums):
+class LoadBins(Sums):
     """Of one configuration, by bins of time: loads by slot, and what else a page needs of them.
 
     Attributes:
@@ -59,7 +60,7 @@ class LoadBins(LoadSums):
     """
 
     def __init__(self, run: Run, shape: Shape, edges: Int64) -> None:
-        super().__init__(shape, range(shape.num_moe_layers))
+        super().__init__(shape)
         count, layers = len(edges) - 1, shape.num_moe_layers
         self.edges = edges
         self.slots: Int64 = np.zeros((count, layers, shape.num_physical_experts), np.int64)
@@ -85,26 +86,36 @@ class LoadBins(LoadSums):
         slots = self._history.layer(layer).at(int(self.edges[b + 1]) - 1)
         return slots if slots is not None and len(slots) == self.shape.num_physical_experts else None
 
-    def _begin(self, block: Block) -> UseLayer:
+    def _reading(self, block: Block) -> Reading:
         steps = block.recorded
         bins = self._bin(steps)
+        first, last = int(bins[0]), int(bins[-1])
+        starts = np.flatnonzero(np.diff(bins, prepend=-1)).tolist()
+        by_slot = np.zeros((last + 1 - first, *self.slots.shape[1:]), np.int64)
+        experts = {key: np.zeros_like(own) for key, own in self.experts.items() if first <= key[0] <= last}
+
+        def use(layer: int, load: npt.NDArray[Any]) -> None:
+            for slots, begins, sums in sums_between(load, steps, self._history.layer(layer), starts):
+                by_slot[bins[begins] - first, layer] += sums
+                for b, tokens in zip(bins[begins].tolist(), sums, strict=True):
+                    apart = experts.get((b, layer))
+                    if apart is not None and slots is not None and len(slots) == len(tokens):
+                        apart += fold(tokens, slots, len(apart))
+
+        return Reading(use, lambda: (by_slot, experts))
+
+    def merge(self, block: Block, part: tuple[Int64, dict[tuple[int, int], Int64]]) -> None:
+        """The part: what ``slots`` and ``experts`` have of the bins of the block."""
+        by_slot, experts = part
+        bins = self._bin(block.recorded)
+        self.slots[bins[0] : bins[-1] + 1] += by_slot
+        for key, tokens in experts.items():
+            self.experts[key] += tokens
         self.recorded_steps += np.bincount(bins, minlength=len(self.recorded_steps))
         present, first = np.unique(bins, return_index=True)
         unseen = self.clock_ns[present] < 0
         clock = block.clock_ns[block.state == StepState.RECORDED]
         self.clock_ns[present[unseen]] = clock[first[unseen]]
-
-        starts = np.flatnonzero(np.diff(bins, prepend=-1)).tolist()
-
-        def add(layer: int, load: npt.NDArray[Any]) -> None:
-            for slots, begins, sums in sums_between(load, steps, self._history.layer(layer), starts):
-                self.slots[bins[begins], layer] += sums
-                for b, tokens in zip(bins[begins].tolist(), sums, strict=True):
-                    apart = self.experts.get((b, layer))
-                    if apart is not None and slots is not None and len(slots) == len(tokens):
-                        apart += fold(tokens, slots, len(apart))
-
-        return add
 
     def packed(self, run: Run) -> dict[str, Any]:
         """For the page's script (``assets/loads.js``), which says what each member is."""

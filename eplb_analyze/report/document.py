@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,11 @@ from eplb_analyze.analysis.summary_sums import RunSums, bins_of
 from eplb_analyze.analysis.timeline import TimelineSums
 from eplb_analyze.errors import DumpError, Finding
 from eplb_analyze.json_report import as_json
-from eplb_analyze.parallel import one_ahead, thread_pool
-from eplb_analyze.reader.blocks import Block, UseLayer
+from eplb_analyze.parallel import thread_pool
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.configurations import LastConfiguration
 from eplb_analyze.reader.join import StepState
+from eplb_analyze.reader.readings import Consumer, read_blocks
 from eplb_analyze.reader.rolled_up import from_minutes
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.run_info import imported
@@ -178,15 +178,9 @@ class _Views:
         self.experts = expert_sums(with_loads)
         self.ranks = LastConfiguration(run, lambda shape: RankSums(run, shape))
 
-    def add(self, block: Block, uses: Sequence[UseLayer] = ()) -> None:
-        """Add the next block, whose loads nothing reads after this; ``uses``: what else needs them."""
-        block.stop_keeping()
-        self.timeline.add(block)
-        self.ranks.add(block)
-        sums = [one for one in (self.bins.sums_for(block), self.experts.sums_for(block)) if one is not None]
-        block.each_layer([*uses, *(one.begin(block) for one in sums)])
-        for one in sums:
-            one.end()
+    @property
+    def consumers(self) -> tuple[Consumer, ...]:
+        return self.timeline, self.ranks, self.bins, self.experts
 
 
 def _analyzed(
@@ -204,17 +198,11 @@ def _analyzed(
         run.require(steps)
     sums, changes = RunSums(run, bins_of(run, steps)), RearrangementSums(run, steps)
     views = None if run.step_range[0] is None else _Views(run, steps)
-    for block, own in one_ahead(sums.of, run.keeping_loads().blocks(steps)):
-        sums.add(block, own)
-        uses = changes.begin(block, changes.balancedness(block))
-        if views is not None:
-            views.add(block, uses)
-        changes.end()
+    read_blocks(run.keeping_loads(), steps, sums, changes, *(() if views is None else views.consumers))
     estimated = run.estimated(steps)
     if views is not None and estimated is not run:
         views = _Views(estimated, steps)
-        for block in estimated.keeping_loads().blocks(steps):
-            views.add(block)
+        read_blocks(estimated.keeping_loads(), steps, *views.consumers)
     with thread_pool(1) as beside:
         bins = None if views is None else views.bins.sums
         packed = beside.submit(lambda: None if bins is None else bins.packed(run))

@@ -247,7 +247,7 @@ def cli(*arguments: str | Path, env: dict[str, str] | None = None) -> subprocess
     """
     import pytest
 
-    from eplb_analyze.__main__ import main
+    from eplb_analyze import __main__
 
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
     sigpipe = signal.getsignal(signal.SIGPIPE)
@@ -256,13 +256,14 @@ def cli(*arguments: str | Path, env: dict[str, str] | None = None) -> subprocess
             patch.delenv(name, raising=False)
         for name, value in {"OPENBLAS_NUM_THREADS": "1", **(env or {})}.items():
             patch.setenv(name, value)
+        patch.setattr(__main__, "allow_forks", lambda: None)  # this process is pytest's, too
         patch.setattr(sys, "argv", ["eplb-analyze", *map(str, arguments)])
         patch.setattr(sys, "stdin", io.StringIO())
         patch.setattr(sys, "stdout", out)
         patch.setattr(sys, "stderr", err)
         code: Any = 0
         try:
-            main()
+            __main__.main()
         except SystemExit as exit_:
             code = exit_.code or 0
         finally:

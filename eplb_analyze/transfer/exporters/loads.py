@@ -24,6 +24,7 @@ from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.configurations import Sums, last_configuration
 from eplb_analyze.reader.lost import lost_in
 from eplb_analyze.reader.placements import logical_sums
+from eplb_analyze.reader.readings import Reading
 from eplb_analyze.reader.run import Run
 from eplb_analyze.sessions.step_range import StepRange
 from eplb_analyze.text import listed
@@ -112,7 +113,7 @@ def _write_long(
     lost: set[int] = set()
 
     def counted() -> Iterator[Block]:
-        for block, _ in run.over_blocks(lambda _: None, steps):
+        for block in run.blocks(steps):
             whole.add(block)
             if block.shape is not None and len(block.recorded):
                 recorded.append(block.recorded)
@@ -165,9 +166,16 @@ class LogicalSums(Sums):
         #: Tokens on all slots, those that hold no expert included.
         self.physical = 0
 
-    def _add(self, block: Block) -> None:
-        self.logical += logical_sums(block, self._run.history, self.logical.shape[1])
-        self.physical += sum(int(load.sum()) for _, load in block.rank_load_parts())
+    def _reading(self, block: Block) -> Reading:
+        return Reading(None, lambda: self._part(block))
+
+    def _part(self, block: Block) -> tuple[Int64, int]:
+        physical = sum(int(load.sum()) for _, load in block.rank_load_parts())
+        return logical_sums(block, self._run.history, self.logical.shape[1]), physical
+
+    def merge(self, block: Block, part: tuple[Int64, int]) -> None:
+        self.logical += part[0]
+        self.physical += part[1]
 
 
 def logical_loads(
