@@ -4,15 +4,17 @@
 
 The engine is paced at one step every few milliseconds, as the background thread is part of the
 cost. With CUDA, "busy" has a kernel of about 2 ms on the stream in front of every call, and all
-calls of `record` run with torch.cuda.set_sync_debug_mode("error").
+calls of `record` run with torch.cuda.set_sync_debug_mode("error"). The bare copy is measured beside a
+writer, in turns with `record`.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,28 +52,38 @@ def spin(seconds: float) -> None:
         pass
 
 
-def measure(call: Callable[[int], object], steps: int, before: Callable[[], None]) -> Any:
-    """Microseconds of each call, without the first tenth; NaN if it returned -1: its step was dropped."""
-    took = np.full(steps, np.nan)
-    for i in range(steps):
-        before()
-        start = time.perf_counter_ns()
-        taken = call(i)
-        if not isinstance(taken, int) or taken > 0:
-            took[i] = time.perf_counter_ns() - start
-    return took[steps // 10 :] / 1e3
+#: Calls that are compared take turns of so many steps: for seconds, a machine can be several times slower.
+TURN = 25
 
 
-def burst(call: Callable[[int], object], calls: int, after: Callable[[], object]) -> Any:
-    """Microseconds a call, back to back in bursts of 100 with the processor's caches warm."""
-    took = []
-    for start in range(0, calls, 100):
-        begin = time.perf_counter_ns()
-        for i in range(start, start + 100):
-            call(i)
-        took.append((time.perf_counter_ns() - begin) / 100)
-        after()
-    return np.array(took[2:]) / 1e3
+def measure(calls: Sequence[Callable[[int], object]], steps: int, before: Callable[[], None]) -> list[Any]:
+    """Microseconds of so many steps of each call, in turns, without the first tenth.
+
+    NaN if it returned -1: its step was dropped.
+    """
+    took = np.full((len(calls), steps), np.nan)
+    for first in range(0, steps, TURN):
+        for own, call in zip(took, calls, strict=True):
+            for i in range(first, min(first + TURN, steps)):
+                before()
+                start = time.perf_counter_ns()
+                taken = call(i)
+                if not isinstance(taken, int) or taken > 0:
+                    own[i] = time.perf_counter_ns() - start
+    return [*(took[:, steps // 10 :] / 1e3)]
+
+
+def burst(calls: Sequence[Callable[[int], object]], steps: int, after: Callable[[], object]) -> list[Any]:
+    """Microseconds a step of each call, back to back with warm caches: bursts of 100, in turns."""
+    took: list[list[float]] = [[] for _ in calls]
+    for first in range(0, steps, 100):
+        for own, call in zip(took, calls, strict=True):
+            begin = time.perf_counter_ns()
+            for i in range(first, first + 100):
+                call(i)
+            own.append((time.perf_counter_ns() - begin) / 100)
+            after()
+    return [np.array(own[2:]) / 1e3 for own in took]
 
 
 class Took(NamedTuple):
@@ -111,23 +123,28 @@ def cpu(folder: str, steps: int, pace_ms: float) -> Rows:
     def pace() -> None:
         spin(pace_ms / 1e3)
 
-    bare = burst(lambda i: targets[i % 64].copy_(batch[i % 64]), steps, lambda: None)
-    line(rows, "back to back: bare copy_", bare)
+    def bare(i: int) -> None:
+        targets[i % 64].copy_(batch[i % 64])
+
     with open_writer(folder) as writer:
-        took = burst(lambda i: writer.record(None, batch[i % 64], placement), steps, writer.flush)
-        line(rows, "back to back: record, torch tensors", took, bare)
-    bare = measure(lambda i: targets[i % 64].copy_(batch[i % 64]), steps, pace)
-    line(rows, "bare copy_ into a host buffer", bare)
-    for name, tensors, maps in (
-        ("record, torch tensors", batch, placement),
-        ("record, numpy arrays", [t.numpy() for t in batch], placement.numpy()),
-    ):
-        with open_writer(folder) as writer:
-            took = measure(lambda i, w=writer, t=tensors, m=maps: w.record(None, t[i % 64], m), steps, pace)
-            line(rows, name, took, bare)
-            writer.flush()
-            print(f"{'':46s} {writer.stats().recorded} recorded, {writer.stats().dropped} dropped")
+        record = functools.partial(_record, writer, batch, placement)
+        took = burst([bare, record], steps, writer.flush)
+        line(rows, "back to back: bare copy_", took[0])
+        line(rows, "back to back: record, torch tensors", took[1], took[0])
+    with open_writer(folder) as writer, open_writer(folder) as other:
+        record = functools.partial(_record, writer, batch, placement)
+        of_numpy = functools.partial(_record, other, [t.numpy() for t in batch], placement.numpy())
+        took = measure([bare, record, of_numpy], steps, pace)
+        line(rows, "bare copy_ into a host buffer", took[0])
+        for name, own, values in (("torch tensors", writer, took[1]), ("numpy arrays", other, took[2])):
+            line(rows, f"record, {name}", values, took[0])
+            own.flush()
+            print(f"{'':46s} {own.stats().recorded} recorded, {own.stats().dropped} dropped")
     return rows
+
+
+def _record(writer: ExpertLoadWriter, batch: Sequence[Any], placement: Any, i: int) -> int:
+    return writer.record(None, batch[i % len(batch)], placement)
 
 
 def cuda(folder: str, device: str, steps: int, pace_ms: float) -> Rows:
@@ -157,7 +174,7 @@ def cuda(folder: str, device: str, steps: int, pace_ms: float) -> Rows:
         for _ in range(per_2_ms):
             torch.matmul(a, a, out=out)
 
-    def bare_call(i: int) -> None:
+    def bare(i: int) -> None:
         pinned[i % 64].copy_(batch[i % 64], non_blocking=True)
         events[i % 64].record()
 
@@ -167,53 +184,46 @@ def cuda(folder: str, device: str, steps: int, pace_ms: float) -> Rows:
             torch.cuda.synchronize()
             writer.flush()
 
-        bare = burst(bare_call, 3000, torch.cuda.synchronize)
-        line(rows, "back to back: bare copy_ + event.record()", bare)
-        back_to_back = burst(lambda i: writer.record(None, batch[i % 64], placement), 3000, settle)
-        line(rows, "back to back: record", back_to_back, bare)
+        took = burst([bare, functools.partial(_record, writer, batch, placement)], 3000, settle)
+        line(rows, "back to back: bare copy_ + event.record()", took[0])
+        line(rows, "back to back: record", took[1], took[0])
+    with torch.inference_mode():
+        uncounted = placement.clone()
     for state, before in (("idle", idle), ("busy", busy)):
-        bare = measure(bare_call, steps, before)
-        line(rows, f"{state}: bare copy_(non_blocking) + event.record()", bare)
         with open_writer(folder) as writer:
             writer.record(None, batch[0], placement)
             torch.cuda.synchronize()
+            record = functools.partial(_record, writer, batch, placement)
 
-            def record(i: int, w: ExpertLoadWriter = writer) -> int:
-                return w.record(None, batch[i % 64], placement)
-
-            def strict(i: int, w: ExpertLoadWriter = writer) -> None:
+            def strict(i: int, record: Callable[[int], int] = record) -> None:
                 with no_synchronization():
-                    w.record(None, batch[i % 64], placement)
+                    record(i)
 
-            line(rows, f"{state}: record", measure(record, steps, before), bare)
-            measure(strict, 200, before)
-
-            def begin(i: int, w: ExpertLoadWriter = writer) -> None:
+            def begin(_: int, w: ExpertLoadWriter = writer) -> None:
                 torch.cuda.set_sync_debug_mode("error")
                 w.begin_step()
                 torch.cuda.set_sync_debug_mode("default")
 
-            line(rows, f"{state}: begin_step, with two mode switches", measure(begin, 200, before), bare)
-
-            def timed(i: int, w: ExpertLoadWriter = writer) -> int:
+            def timed(i: int, w: ExpertLoadWriter = writer, record: Callable[[int], int] = record) -> int:
                 w.begin_step()
-                return w.record(None, batch[i % 64], placement)
+                return record(i)
 
-            line(rows, f"{state}: begin_step and record", measure(timed, steps, before), bare)
-            with torch.inference_mode():
-                uncounted = placement.clone()
-
-                def record_both(i: int, w: ExpertLoadWriter = writer, m: Any = uncounted) -> int:
-                    return w.record(None, batch[i % 64], m)
-
-                took = measure(record_both, steps, before)
-            line(rows, f"{state}: record, map an inference tensor", took, bare)
+            of_inference = functools.partial(_record, writer, batch, uncounted)
+            took = measure([bare, record, timed], steps, before)
+            line(rows, f"{state}: bare copy_(non_blocking) + event.record()", took[0])
+            line(rows, f"{state}: record", took[1], took[0])
+            line(rows, f"{state}: begin_step and record", took[2], took[0])
+            (alone,) = measure([of_inference], steps, before)
+            line(rows, f"{state}: record, map an inference tensor", alone, took[0])
+            measure([strict], 200, before)
+            (alone,) = measure([begin], 200, before)
+            line(rows, f"{state}: begin_step, with two mode switches", alone, took[0])
             writer.flush()
             stats = writer.stats()
             counts = f"{stats.recorded} recorded, {stats.dropped} dropped, {stats.rejected} rejected"
             print(f"{'':46s} {counts} (200 of them with sync_debug_mode error)")
-        synchronous = measure(lambda i: batch[i % 64].cpu(), min(steps, 500), before)
-        line(rows, f"{state}: .cpu(), as SGLang's per-pass recorder", synchronous, bare)
+        (synchronous,) = measure([lambda i: batch[i % 64].cpu()], min(steps, 500), before)
+        line(rows, f"{state}: .cpu(), as SGLang's per-pass recorder", synchronous, took[0])
     return rows
 
 
