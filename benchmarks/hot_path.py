@@ -4,8 +4,8 @@
 
 The engine is paced at one step every few milliseconds, as the background thread is part of the
 cost. With CUDA, "busy" has a kernel of about 2 ms on the stream in front of every call, and all
-calls of `record` run with torch.cuda.set_sync_debug_mode("error"). The bare copy is measured beside a
-writer, in turns with `record`.
+calls of `record` run with torch.cuda.set_sync_debug_mode("error"). All is measured in rounds;
+no writer is open while the bare copy is measured.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import argparse
 import functools
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,10 +38,10 @@ def main() -> None:
             cuda(folder, args.device, args.steps, args.pace_ms)
 
 
-def open_writer(folder: str, **options: Any) -> ExpertLoadWriter:
+def open_writer(folder: str) -> ExpertLoadWriter:
     return ExpertLoadWriter(
         folder, model="m", num_logical_experts=workload.LOGICAL, ep_size=workload.EP_SIZE, scope="global",
-        **options,
+        segment_steps=SEGMENT_STEPS,
     )  # fmt: skip
 
 
@@ -52,38 +52,43 @@ def spin(seconds: float) -> None:
         pass
 
 
-#: Calls that are compared take turns of so many steps: for seconds, a machine can be several times slower.
-TURN = 25
+#: What is compared is measured in so many rounds: for some seconds, a machine can be several times slower.
+ROUNDS = 6
+#: A segment is sealed in each round, too.
+SEGMENT_STEPS = 256
 
 
-def measure(calls: Sequence[Callable[[int], object]], steps: int, before: Callable[[], None]) -> list[Any]:
-    """Microseconds of so many steps of each call, in turns, without the first tenth.
-
-    NaN if it returned -1: its step was dropped.
-    """
-    took = np.full((len(calls), steps), np.nan)
-    for first in range(0, steps, TURN):
-        for own, call in zip(took, calls, strict=True):
-            for i in range(first, min(first + TURN, steps)):
-                before()
-                start = time.perf_counter_ns()
-                taken = call(i)
-                if not isinstance(taken, int) or taken > 0:
-                    own[i] = time.perf_counter_ns() - start
-    return [*(took[:, steps // 10 :] / 1e3)]
+def measure(call: Callable[[int], object], steps: int, before: Callable[[], None]) -> Any:
+    """Microseconds of each call, without the first tenth; NaN if it returned -1: its step was dropped."""
+    took = np.full(steps, np.nan)
+    for i in range(steps):
+        before()
+        start = time.perf_counter_ns()
+        taken = call(i)
+        if not isinstance(taken, int) or taken > 0:
+            took[i] = time.perf_counter_ns() - start
+    return took[steps // 10 :] / 1e3
 
 
-def burst(calls: Sequence[Callable[[int], object]], steps: int, after: Callable[[], object]) -> list[Any]:
-    """Microseconds a step of each call, back to back with warm caches: bursts of 100, in turns."""
-    took: list[list[float]] = [[] for _ in calls]
-    for first in range(0, steps, 100):
-        for own, call in zip(took, calls, strict=True):
-            begin = time.perf_counter_ns()
-            for i in range(first, first + 100):
-                call(i)
-            own.append((time.perf_counter_ns() - begin) / 100)
-            after()
-    return [np.array(own[2:]) / 1e3 for own in took]
+def burst(call: Callable[[int], object], calls: int, after: Callable[[], object]) -> Any:
+    """Microseconds a call, back to back in bursts of 100 with the processor's caches warm."""
+    took = []
+    for start in range(0, calls, 100):
+        begin = time.perf_counter_ns()
+        for i in range(start, start + 100):
+            call(i)
+        took.append((time.perf_counter_ns() - begin) / 100)
+        after()
+    return np.array(took[2:]) / 1e3
+
+
+def rounds(measures: Callable[[], Iterator[tuple[str, Any]]]) -> dict[str, Any]:
+    """What each round measures, by its names."""
+    took: dict[str, list[Any]] = {}
+    for _ in range(ROUNDS):
+        for name, values in measures():
+            took.setdefault(name, []).append(values)
+    return {name: np.concatenate(values) for name, values in took.items()}
 
 
 class Took(NamedTuple):
@@ -106,10 +111,19 @@ def line(rows: Rows, name: str, took: Any, base: Any | None = None) -> None:
     ratio_to_bare = 1.0 if base is None else p50 / float(np.percentile(base, 50))
     rows[name] = Took(p50, p99, ratio_to_bare, len(took) - len(kept))
     ratio = "" if base is None else f"   {ratio_to_bare:5.2f}x bare"
+    ratio += f"   {len(took) - len(kept)} dropped" if len(took) > len(kept) else ""
     print(
         f"{name:46s} {len(kept):5d} p50 {p50:8.1f} µs   p99 {p99:8.1f} µs   max {worst:8.0f} µs{ratio}",
         flush=True,
     )
+
+
+def lines(rows: Rows, prefix: str, took: Mapping[str, Any]) -> None:
+    """A row for each; the first is the bare copy."""
+    first, *others = took
+    line(rows, prefix + first, took[first])
+    for name in others:
+        line(rows, prefix + name, took[name], took[first])
 
 
 def cpu(folder: str, steps: int, pace_ms: float) -> Rows:
@@ -126,20 +140,24 @@ def cpu(folder: str, steps: int, pace_ms: float) -> Rows:
     def bare(i: int) -> None:
         targets[i % 64].copy_(batch[i % 64])
 
-    with open_writer(folder) as writer:
-        record = functools.partial(_record, writer, batch, placement)
-        took = burst([bare, record], steps, writer.flush)
-        line(rows, "back to back: bare copy_", took[0])
-        line(rows, "back to back: record, torch tensors", took[1], took[0])
-    with open_writer(folder) as writer, open_writer(folder) as other:
-        record = functools.partial(_record, writer, batch, placement)
-        of_numpy = functools.partial(_record, other, [t.numpy() for t in batch], placement.numpy())
-        took = measure([bare, record, of_numpy], steps, pace)
-        line(rows, "bare copy_ into a host buffer", took[0])
-        for name, own, values in (("torch tensors", writer, took[1]), ("numpy arrays", other, took[2])):
-            line(rows, f"record, {name}", values, took[0])
-            own.flush()
-            print(f"{'':46s} {own.stats().recorded} recorded, {own.stats().dropped} dropped")
+    def back_to_back() -> Iterator[tuple[str, Any]]:
+        yield "bare copy_", burst(bare, steps // ROUNDS, lambda: None)
+        with open_writer(folder) as writer:
+            record = functools.partial(_record, writer, batch, placement)
+            yield "record, torch tensors", burst(record, steps // ROUNDS, writer.flush)
+
+    def paced() -> Iterator[tuple[str, Any]]:
+        yield "bare copy_ into a host buffer", measure(bare, steps // ROUNDS, pace)
+        for name, tensors, maps in (
+            ("record, torch tensors", batch, placement),
+            ("record, numpy arrays", [t.numpy() for t in batch], placement.numpy()),
+        ):
+            with open_writer(folder) as writer:
+                record = functools.partial(_record, writer, tensors, maps)
+                yield name, measure(record, steps // ROUNDS, pace)
+
+    lines(rows, "back to back: ", rounds(back_to_back))
+    lines(rows, "", rounds(paced))
     return rows
 
 
@@ -178,52 +196,52 @@ def cuda(folder: str, device: str, steps: int, pace_ms: float) -> Rows:
         pinned[i % 64].copy_(batch[i % 64], non_blocking=True)
         events[i % 64].record()
 
-    with open_writer(folder) as writer:
+    def back_to_back() -> Iterator[tuple[str, Any]]:
+        yield "bare copy_ + event.record()", burst(bare, 3000 // ROUNDS, torch.cuda.synchronize)
+        with open_writer(folder) as writer:
 
-        def settle() -> None:
-            torch.cuda.synchronize()
-            writer.flush()
+            def settle() -> None:
+                torch.cuda.synchronize()
+                writer.flush()
 
-        took = burst([bare, functools.partial(_record, writer, batch, placement)], 3000, settle)
-        line(rows, "back to back: bare copy_ + event.record()", took[0])
-        line(rows, "back to back: record", took[1], took[0])
-    with torch.inference_mode():
-        uncounted = placement.clone()
-    for state, before in (("idle", idle), ("busy", busy)):
+            record = functools.partial(_record, writer, batch, placement)
+            yield "record", burst(record, 3000 // ROUNDS, settle)
+
+    def paced(before: Callable[[], None]) -> Iterator[tuple[str, Any]]:
+        part = steps // ROUNDS
+        yield "bare copy_(non_blocking) + event.record()", measure(bare, part, before)
         with open_writer(folder) as writer:
             writer.record(None, batch[0], placement)
             torch.cuda.synchronize()
             record = functools.partial(_record, writer, batch, placement)
 
-            def strict(i: int, record: Callable[[int], int] = record) -> None:
+            def strict(i: int) -> None:
                 with no_synchronization():
                     record(i)
 
-            def begin(_: int, w: ExpertLoadWriter = writer) -> None:
+            def begin(_: int) -> None:
                 torch.cuda.set_sync_debug_mode("error")
-                w.begin_step()
+                writer.begin_step()
                 torch.cuda.set_sync_debug_mode("default")
 
-            def timed(i: int, w: ExpertLoadWriter = writer, record: Callable[[int], int] = record) -> int:
-                w.begin_step()
+            def timed(i: int) -> int:
+                writer.begin_step()
                 return record(i)
 
+            yield "record", measure(record, part, before)
+            measure(strict, 200 // ROUNDS, before)
+            yield "begin_step, with two mode switches", measure(begin, 200 // ROUNDS, before)
+            yield "begin_step and record", measure(timed, part, before)
+            with torch.inference_mode():
+                uncounted = placement.clone()
             of_inference = functools.partial(_record, writer, batch, uncounted)
-            took = measure([bare, record, timed], steps, before)
-            line(rows, f"{state}: bare copy_(non_blocking) + event.record()", took[0])
-            line(rows, f"{state}: record", took[1], took[0])
-            line(rows, f"{state}: begin_step and record", took[2], took[0])
-            (alone,) = measure([of_inference], steps, before)
-            line(rows, f"{state}: record, map an inference tensor", alone, took[0])
-            measure([strict], 200, before)
-            (alone,) = measure([begin], 200, before)
-            line(rows, f"{state}: begin_step, with two mode switches", alone, took[0])
-            writer.flush()
-            stats = writer.stats()
-            counts = f"{stats.recorded} recorded, {stats.dropped} dropped, {stats.rejected} rejected"
-            print(f"{'':46s} {counts} (200 of them with sync_debug_mode error)")
-        (synchronous,) = measure([lambda i: batch[i % 64].cpu()], min(steps, 500), before)
-        line(rows, f"{state}: .cpu(), as SGLang's per-pass recorder", synchronous, took[0])
+            yield "record, map an inference tensor", measure(of_inference, part, before)
+        synchronous = measure(lambda i: batch[i % 64].cpu(), min(steps, 500) // ROUNDS, before)
+        yield ".cpu(), as SGLang's per-pass recorder", synchronous
+
+    lines(rows, "back to back: ", rounds(back_to_back))
+    for state, before in (("idle", idle), ("busy", busy)):
+        lines(rows, f"{state}: ", rounds(functools.partial(paced, before)))
     return rows
 
 
