@@ -27,7 +27,10 @@ Result = TypeVar("Result")
 PIPE_BYTES = 1 << 20
 
 #: jemalloc, which Arrow includes, puts its own thread in order in a forked process.
-FORK_SAFE_THREADS = ("jemalloc_bg_thd",)
+FORK_SAFE_THREADS = (b"jemalloc_bg_thd",)
+
+#: These end a forked process at once, as it has nothing to clean up.
+ENDING = (signal.SIGINT, signal.SIGTERM)
 
 _allowed = False
 
@@ -35,6 +38,9 @@ _allowed = False
 def allow_forks() -> None:
     """Let this process fork. For a program of its own: a library cannot know what else its process runs."""
     global _allowed  # noqa: PLW0603 - it is a setting of the process
+    if hasattr(signal, "SIGCHLD"):
+        # A launcher may have left it ignored. Then a process that ended could not be told from another one.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     _allowed = True
 
 
@@ -43,7 +49,7 @@ def _can_fork() -> bool:
     if not _allowed or sys.platform != "linux":
         return False
     try:
-        threads = [Path(folder, "comm").read_text().strip() for folder in Path("/proc/self/task").iterdir()]
+        threads = [Path(folder, "comm").read_bytes().strip() for folder in Path("/proc/self/task").iterdir()]
     except OSError:  # a thread has just ended
         return False
     return len(threads) - sum(map(threads.count, FORK_SAFE_THREADS)) == 1
@@ -68,10 +74,16 @@ def forked_map(
     helpers: list[_Helper] = []
     try:
         if len(first) > 1 and num_workers() > 1 and _can_fork():
-            with contextlib.suppress(OSError):  # too many processes, files or pages
+            # A signal that raised in a new process would make it go on as its parent.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+            try:
                 for number in range(num_workers()):
                     own = itertools.islice(items, number, None, num_workers())
-                    helpers.append(_Helper(work, own, helpers))
+                    helpers.append(_Helper(work, own, helpers, mask))
+            except OSError:
+                pass  # too many processes, files or pages
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         if len(helpers) < num_workers():
             yield from ordered_map(work, items, threads)
             return
@@ -85,8 +97,10 @@ def forked_map(
 class _Helper:
     """A forked process that works on some items, one after another, and sends the results."""
 
-    def __init__(self, work: Callable[[Any], Any], items: Iterable[Any], others: list[_Helper]) -> None:
-        """``others``: those that were forked before."""
+    def __init__(
+        self, work: Callable[[Any], Any], items: Iterable[Any], others: list[_Helper], mask: Iterable[int]
+    ) -> None:
+        """``others``: those that were forked before; ``mask``: the signals that the process is to block."""
         import fcntl
 
         receiver, sender = os.pipe()
@@ -102,11 +116,7 @@ class _Helper:
             os.close(sender)
             raise
         if not self._process:
-            # Only this process may hold the ends, or a pipe would not break when its reader ends.
-            os.close(receiver)
-            for other in others:
-                other.results.close()
-            _work(work, items, sender)
+            _work(work, items, sender, [receiver, *(other.results.fileno() for other in others)], mask)
         os.close(sender)
         self.results: BinaryIO = os.fdopen(receiver, "rb")
 
@@ -128,10 +138,26 @@ class _Helper:
         os.waitpid(self._process, 0)
 
 
-def _work(work: Callable[[Any], Any], items: Iterable[Any], sender: int) -> None:
-    """What a forked process does. It ends there: all else that it inherited is its parent's to finish."""
-    limit_workers(1)
+def _work(
+    work: Callable[[Any], Any],
+    items: Iterable[Any],
+    sender: int,
+    readers: list[int],
+    mask: Iterable[int],
+) -> None:
+    """What a forked process does. It ends there: all else that it inherited is its parent's to finish.
+
+    Args:
+        readers: the ends of pipes that only the parent may hold, or they would not break when it ends.
+        mask: the signals to block.
+    """
     try:
+        for number in ENDING:
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for reader in readers:
+            os.close(reader)
+        limit_workers(1)
         with os.fdopen(sender, "wb") as results:
             for item in items:
                 try:

@@ -160,13 +160,14 @@ def expert_report(
     """
     if window < 1 or not hot_factor > 1:
         raise ValueError("window must be at least 1, and hot_factor must be greater than 1")
-    run = run.with_loads()
     index = None if layer is None else run.layer_index(layer)
 
     def read() -> ExpertReport:
-        sums = expert_sums(run, index, window, hot_factor, all_placements)
+        # Each time: steps may be thinned while they are read.
+        with_loads = run.with_loads()
+        sums = expert_sums(with_loads, index, window, hot_factor, all_placements)
         sums.add_all(steps, estimate=True)
-        return expert_report_of(run, layer, *sums.result(steps))
+        return expert_report_of(with_loads, layer, *sums.result(steps))
 
     return run.retry_without_damaged(read)
 

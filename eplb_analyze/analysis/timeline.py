@@ -85,14 +85,14 @@ def timeline(
         from eplb_analyze.analysis.timeline_minutes import timeline_of_minutes
 
         return run.retry_without_damaged(lambda: timeline_of_minutes(run, formula, bins, index, steps))
-    if formula == ACTIVE_EXPERTS.name:
-        run = run.with_loads()
     return run.retry_without_damaged(lambda: _timeline(run, formula, bins, index, steps))
 
 
 def _timeline(
     run: Run, formula: str, bins: int, index: int | None, steps: tuple[int, int] | None
 ) -> Timeline:
+    if formula == ACTIVE_EXPERTS.name:
+        run = run.with_loads()
     sums = TimelineSums(run, formula, bins, index, steps)
     read_blocks(run.estimated(steps), steps, sums)
     return sums.timeline()

@@ -76,6 +76,8 @@ TEXT_COLUMNS = ["status", "phase"]
 @functools.lru_cache(maxsize=8)
 def _read_sums(sums: StoredSums) -> ExpertSums:
     """Those of the segments that are being read: not of all, which would be hundreds of megabytes."""
+    if isinstance(sums.file, Path):
+        require_regular(sums.file)
     return sums.read()
 
 

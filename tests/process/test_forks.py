@@ -104,6 +104,30 @@ assert [item for item, (_, pid) in found if pid == here] == list(range({item}, 2
 """)
 
 
+def test_an_interrupt_in_a_new_process_does_not_make_it_its_parent() -> None:
+    out = run("""
+def interrupted(threads):
+    raise KeyboardInterrupt
+forks.limit_workers = interrupted
+assert list(forks.forked_map(lambda item: item, range(5))) == [(item, item) for item in range(5)]
+assert no_child()
+print("end")
+""")
+    assert out == "end\n"
+
+
+def test_a_thread_may_have_any_name_and_a_launcher_may_have_ignored_its_children() -> None:
+    run("""
+with open("/proc/self/comm", "wb") as comm:
+    comm.write(b"eplb-auswertun\\xc3")
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+forks.allow_forks()
+found = list(forks.forked_map(lambda item: os.getpid(), range(5)))
+assert here not in dict(found).values()
+assert no_child()
+""")
+
+
 def test_closing_ends_the_processes() -> None:
     run("""
 found = forks.forked_map(lambda item: item if item < 3 else time.sleep(600), range(20))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from helpers import LAYERS, load_of, map_of, open_writer
 from thinning import info_of, thin_to
 
 from eplb_analyze import open_run
+from eplb_analyze.analysis.experts import expert_report
 from eplb_analyze.errors import Finding
 from eplb_analyze.reader.run import Run
 from eplb_analyze.sessions.discovery import Session, open_session, refresh_thinned
@@ -143,6 +145,28 @@ def test_what_a_writer_thins_meanwhile_is_read_as_it_is_now(root: Path) -> None:
     assert [s.seq for s in session.segments] == [4, 5, 6, 7]
     assert [(s.seq, s.last_seq) for s in session.retired] == [(0, 1), (2, 3)]
     assert not refresh_thinned(session)
+
+
+def test_loads_that_a_writer_thins_while_they_are_read_are_left_out(root: Path) -> None:
+    run = open_run(root)
+    thinned: list[int] = []
+
+    def thin_once(done: int, of: int) -> None:
+        if not thinned:
+            thinned.append(done)
+            thin_to(folder_of(root), {Tier.RANKS: range(SEGMENTS - 1)})
+
+    run.progress = thin_once
+    assert expert_report(run).to_json() == expert_report(open_run(root)).to_json()
+    assert thinned == [STEPS]
+
+
+def test_manifest_that_became_a_pipe_is_not_waited_for(root: Path) -> None:
+    (session,) = open_run(root).sessions
+    manifest = folder_of(root) / MANIFEST_FILE
+    manifest.unlink()
+    os.mkfifo(manifest)
+    assert [segment.sums for segment in session.segments] == [None] * SEGMENTS
 
 
 def test_file_that_is_missing_although_the_manifest_lists_it_is_damage(root: Path) -> None:
