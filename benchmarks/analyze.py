@@ -3,9 +3,9 @@
     python -m benchmarks.analyze [--steps 5000 20000] [--local-steps 1000] [--repeat 3] [--instructions]
 
 Makes dumps of DeepSeek-V3's shape with a rearrangement every 2,000 steps: one of scope global for each of
-``--steps``, one of scope local with 32 ranks. Each figure is a whole process, start-up included, the best
-of ``--repeat``; all run one after another, each peer in the same run. Ratios are to pyarrow's decode of
-the ``load`` column, without checksums.
+``--steps``, one of scope local with 32 ranks. Each figure is a whole program, start-up included, the best
+of ``--repeat``, with the memory of the largest of its processes; all run one after another, each peer in the
+same run. Ratios are to pyarrow's decode of the ``load`` column, without checksums.
 
 ``--instructions`` counts the instructions of each process with valgrind instead, 50 times as slow: a count is
 the same on a busy machine, to about 1%. It does not show waiting, nor what misses the processor's caches.
@@ -131,13 +131,13 @@ def measure(arguments: Sequence[str], repeat: int) -> tuple[float, float]:
 
 
 def instructions(arguments: Sequence[str]) -> int:
-    """How many instructions a process executes. It must not start others, whose part would be missing."""
+    """How many instructions a process executes, on one processor, where a command starts no others."""
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
     subprocess.run(arguments, check=True, stdout=subprocess.DEVNULL, env=environment)  # compiles modules
     valgrind = ["valgrind", "--tool=callgrind", "--trace-children=yes", f"--callgrind-out-file={os.devnull}"]
     done = subprocess.run(
-        [*valgrind, *arguments], check=True, env=environment, text=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        ["taskset", "-c", str(min(os.sched_getaffinity(0))), *valgrind, *arguments],
+        check=True, env=environment, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
     )  # fmt: skip
     found = re.findall(r"Collected : (\d+)", done.stderr)
     assert len(found) == 1, done.stderr

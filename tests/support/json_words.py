@@ -161,6 +161,6 @@ WORDS = {
     "window": "Steps that a rearrangement looks back on.",
     "window_steps": "Steps whose loads are summed to tell persistent imbalance from random variation.",
     "worst_rank": "The rank that was the slowest most often.",
-    "worst_rank_share": "The share of the steps in which it was the slowest.",
+    "worst_rank_share": "The share that `worst_rank` describes.",
     "worst_replica": "The load of its busiest replica, divided by the mean of its replicas.",
 }  # fmt: skip
