@@ -53,9 +53,9 @@ def spin(seconds: float) -> None:
 
 
 #: What is compared is measured in so many rounds: for some seconds, a machine can be several times slower.
-ROUNDS = 6
+ROUNDS = 3
 #: A segment is sealed in each round, too.
-SEGMENT_STEPS = 256
+SEGMENT_STEPS = 512
 
 
 def measure(call: Callable[[int], object], steps: int, before: Callable[[], None]) -> Any:
