@@ -415,7 +415,8 @@ class ParquetSegment:
     def loads(self, first: int, last: int, steps: slice = EVERY) -> Parts[Any]:
         assert self.shape is not None
         if not self.has_loads:
-            raise ValueError("loads of experts are no longer kept in this segment")
+            # It was thinned after the reader had chosen what to read.
+            raise DamagedSegmentError(self, "loads", self.path, "experts' loads are no longer kept")
         return self._by_layers("load", self.shape.num_physical_experts, first, last, steps)
 
     def verify(self, table: str) -> None:

@@ -18,6 +18,7 @@ from eplb_analyze.errors import Finding
 from eplb_analyze.reader.run import Run
 from eplb_analyze.sessions.discovery import Session, open_session, refresh_thinned
 from eplb_analyze.sessions.parquet_segment import ParquetSegment
+from eplb_analyze.sessions.segments import DamagedSegmentError
 from eplb_analyze.transfer.recover import recover_dump
 from eplb_dump.format import segment
 from eplb_dump.format.files import remove
@@ -94,7 +95,7 @@ def test_sums_per_rank_are_those_of_the_loads(root: Path) -> None:
     assert segment.load_steps().tolist() == steps.tolist() == [16, 17, 18, 19]
     assert np.array_equal(np.concatenate([load for _, load in segment.rank_loads(0, LAYERS)]), expected)
     assert (segment.recorded, segment.step_rows) == (STEPS, STEPS)
-    with pytest.raises(ValueError, match="no longer kept"):
+    with pytest.raises(DamagedSegmentError, match="no longer kept"):
         next(segment.loads(0, LAYERS))
 
 
@@ -159,6 +160,23 @@ def test_loads_that_a_writer_thins_while_they_are_read_are_left_out(root: Path) 
     run.progress = thin_once
     assert expert_report(run).to_json() == expert_report(open_run(root)).to_json()
     assert thinned == [STEPS]
+
+
+def test_loads_that_are_thinned_after_steps_were_chosen_are_skipped(root: Path) -> None:
+    run = open_run(root)
+    thinned: list[int] = []
+
+    def thin_once(done: int, of: int) -> None:
+        if not thinned:
+            thinned.append(done)
+            thin_to(folder_of(root), {Tier.RANKS: range(SEGMENTS - 1)})
+
+    run.progress = thin_once
+    assert run.loads()["step"].unique().sort().to_list() == [*range((SEGMENTS - 1) * STEPS, SEGMENTS * STEPS)]
+    assert thinned == [STEPS]
+    assert {f.text.rpartition(": ")[2] for f in run.findings} == {
+        "experts' loads are no longer kept; skipped"
+    }
 
 
 def test_manifest_that_became_a_pipe_is_not_waited_for(root: Path) -> None:
