@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import pickle
 import signal
 import sys
 import traceback
@@ -69,22 +68,14 @@ def forked_map(
         threads: of ``ordered_map``.
     """
     items = iter(items)
-    first = [*itertools.islice(items, 2)]
-    items = itertools.chain(first, items)
     helpers: list[_Helper] = []
     try:
-        if len(first) > 1 and num_workers() > 1 and _can_fork():
-            # A signal that raised in a new process would make it go on as its parent.
-            mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
-            try:
-                for number in range(num_workers()):
-                    own = itertools.islice(items, number, None, num_workers())
-                    helpers.append(_Helper(work, own, helpers, mask))
-            except OSError:
-                pass  # too many processes, files or pages
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        if len(helpers) < num_workers():
+        if num_workers() > 1 and _can_fork():
+            first = [*itertools.islice(items, 2)]
+            items = itertools.chain(first, items)
+            if len(first) > 1:
+                _fork(helpers, work, items)
+        if not helpers:
             yield from ordered_map(work, items, threads)
             return
         for item, helper in zip(items, itertools.cycle(helpers), strict=False):
@@ -92,6 +83,21 @@ def forked_map(
     finally:
         for helper in helpers:
             helper.end()
+
+
+def _fork(helpers: list[_Helper], work: Callable[[Any], Any], items: Iterable[Any]) -> None:
+    """Add a helper for each worker; or none, if there cannot be so many."""
+    # A signal that raised in a new process would make it go on as its parent.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        for number in range(num_workers()):
+            own = itertools.islice(items, number, None, num_workers())
+            helpers.append(_Helper(work, own, helpers, mask))
+    except OSError:  # too many processes, files or pages
+        while helpers:
+            helpers.pop().end()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 class _Helper:
@@ -122,6 +128,8 @@ class _Helper:
 
     def result(self, work: Callable[[Item], Result], item: Item) -> Result:
         """The next result, or what was raised in its place. What the process did not finish is done here."""
+        import pickle
+
         try:
             done, result = pickle.load(self.results)  # noqa: S301 - of a copy of this process
         except (EOFError, pickle.UnpicklingError):
@@ -152,6 +160,8 @@ def _work(
         mask: the signals to block.
     """
     try:
+        import pickle
+
         for number in ENDING:
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)

@@ -53,13 +53,20 @@ def read_blocks(
 
 
 def _read(block: Block, readings: list[Reading | None]) -> list[Any]:
-    """The part of each reading."""
-    given = {number: reading for number, reading in enumerate(readings) if reading is not None}
-    by_slot = [number for number, reading in given.items() if reading.use is not None]
-    parts = {number: reading.part() for number, reading in given.items() if number not in by_slot}
+    """The part of each reading, or None."""
+    parts: list[Any] = [None] * len(readings)
+    by_slot: list[tuple[int, Reading]] = []
+    uses: list[UseLayer] = []
+    for number, reading in enumerate(readings):
+        if reading is not None and reading.use is not None:
+            by_slot.append((number, reading))
+            uses.append(reading.use)
+        elif reading is not None:
+            parts[number] = reading.part()
     if by_slot:
-        # What those before have read of the loads may be kept; nothing reads them after this.
+        # What was read of the loads until here may be kept; nothing reads them after this.
         block.stop_keeping()
-        block.each_layer([use for n in by_slot if (use := given[n].use)], given[by_slot[0]].layers)
-    parts |= {number: given[number].part() for number in by_slot}
-    return [parts.get(number) for number in range(len(readings))]
+        block.each_layer(uses, by_slot[0][1].layers)
+        for number, reading in by_slot:
+            parts[number] = reading.part()
+    return parts

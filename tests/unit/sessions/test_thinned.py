@@ -148,8 +148,8 @@ def test_what_a_writer_thins_meanwhile_is_read_as_it_is_now(root: Path) -> None:
     assert not refresh_thinned(session)
 
 
-def test_loads_that_a_writer_thins_while_they_are_read_are_left_out(root: Path) -> None:
-    run = open_run(root)
+def thin_while_read(run: Run, root: Path) -> list[int]:
+    """All segments but the last, once the first block is done; how many steps that were is in the result."""
     thinned: list[int] = []
 
     def thin_once(done: int, of: int) -> None:
@@ -158,20 +158,19 @@ def test_loads_that_a_writer_thins_while_they_are_read_are_left_out(root: Path) 
             thin_to(folder_of(root), {Tier.RANKS: range(SEGMENTS - 1)})
 
     run.progress = thin_once
+    return thinned
+
+
+def test_loads_that_a_writer_thins_while_they_are_read_are_left_out(root: Path) -> None:
+    run = open_run(root)
+    thinned = thin_while_read(run, root)
     assert expert_report(run).to_json() == expert_report(open_run(root)).to_json()
     assert thinned == [STEPS]
 
 
 def test_loads_that_are_thinned_after_steps_were_chosen_are_skipped(root: Path) -> None:
     run = open_run(root)
-    thinned: list[int] = []
-
-    def thin_once(done: int, of: int) -> None:
-        if not thinned:
-            thinned.append(done)
-            thin_to(folder_of(root), {Tier.RANKS: range(SEGMENTS - 1)})
-
-    run.progress = thin_once
+    thinned = thin_while_read(run, root)
     assert run.loads()["step"].unique().sort().to_list() == [*range((SEGMENTS - 1) * STEPS, SEGMENTS * STEPS)]
     assert thinned == [STEPS]
     assert {f.text.rpartition(": ")[2] for f in run.findings} == {
