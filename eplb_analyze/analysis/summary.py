@@ -133,6 +133,7 @@ def summary_of(sums: SummarySums, run: Run, steps: tuple[int, int] | None = None
         cost_steps=_with_loads(run, steps),
         acted=acted,
         contradictions=[*sums.conservation.findings_of_sums(run)],
+        unlisted_files=run.unlisted_files,
         not_due=why,
         overdue=overdue(run, whole) if acted is False and why is None else None,
     )

@@ -133,6 +133,7 @@ def summary_of_minutes(run: Run, steps: tuple[int, int] | None, *, search: bool 
         cost_steps=[],
         acted=acted,
         contradictions=[],
+        unlisted_files=run.unlisted_files,
         not_due=why,
         overdue=overdue(run, (sums.first, sums.last)) if acted is False and why is None else None,
         rollup=_rollup(run, sums, configurations, minutes, what),

@@ -257,6 +257,9 @@ class Summary(Report):
     #: How loads contradict each other or `num_tokens`, as far as their sums over ranks show it; `check` reads
     #: more.
     contradictions: list[Finding]
+    #: Sealed files that are left out, because the manifest of their session is damaged and does not list
+    #: them. How many steps they have is not known.
+    unlisted_files: int
     #: If none changed: why no rearrangement was due yet; None: one was.
     not_due: str | None
     #: If none changed, and one was due: how many steps ran, and the interval that the engine states.
@@ -327,6 +330,7 @@ class Summary(Report):
                     "missing": self.missing_ranks,
                 },
                 "contradictions": self.contradictions,
+                "unlisted_files": self.unlisted_files,
                 "lost_ranks": [lost.to_json() for lost in self.lost_ranks],
                 "duration_seconds": self.duration_seconds,
                 "balancedness": self.spreads["balancedness"],
@@ -449,6 +453,10 @@ def warnings(summary: Summary) -> list[tuple[VerdictKind | Literal["rank_lost"],
         )
     elif summary.steps.lacks_much:
         found.append(("incomplete_data", f"{incomplete(summary)}."))
+    elif summary.unlisted_files:
+        files = plural(summary.unlisted_files, "file")
+        text = f"{files} that no manifest lists {'is' if summary.unlisted_files == 1 else 'are'} left out."
+        found.append(("incomplete_data", text))
     for lost in summary.lost_ranks:
         first, last = lost.steps.first, lost.last_step
         steps = f"from step {first} on" if last is None else f"in steps {first}-{last}"

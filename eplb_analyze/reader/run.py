@@ -13,6 +13,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -299,6 +300,11 @@ class Run:
         return run
 
     @property
+    def unlisted_files(self) -> int:
+        """How many sealed files are left out, because no manifest lists them."""
+        return sum(finding.code == "unlisted_file" for finding in self.findings)
+
+    @property
     def missing_ranks(self) -> tuple[int, ...]:
         """The ranks that an estimate lacks; empty if figures are of complete steps."""
         return self._without
@@ -392,9 +398,7 @@ class Run:
         self, work: Callable[[Block], T], steps: tuple[int, int] | None = None
     ) -> Iterator[tuple[Block, T]]:
         """Each block with ``work(block)``, in order of steps; processes or threads share the work."""
-        for block, result in forked_map(work, self._blocks(steps)):
-            yield block, result
-            self._report(block, steps)
+        return self.over_readings(lambda block: partial(work, block), steps, threads=None)
 
     def over_readings(
         self,

@@ -243,13 +243,19 @@ def data(summary: Summary, label: Callable[[int], str] = "step {}".format) -> tu
     idle = f"; {plural(dummy, 'step')} without tokens" if dummy else ""
     gone = summary.rollup is not None and steps.retired > 0
     idle += f"; {plural(steps.retired, 'step')} {'is' if steps.retired == 1 else 'are'} gone" if gone else ""
-    if not problems and present == expected:
+    count = summary.unlisted_files
+    if not problems and not count and present == expected:
         return True, f"data complete{' where kept' if gone else ''}: {who}, no missing steps{idle}"
-    if summary.run.scope != "global":
-        who += " recorded"
-    of = f"of {plural(steps.seen + steps.missing, 'step')}"
-    what = f"{of}, {'; '.join(problems)}" if problems else "no missing steps"
-    return False, f"data incomplete: {who}; {what}{idle}"
+    facts = [who if summary.run.scope == "global" else f"{who} recorded"]
+    if problems:
+        facts.append(f"of {plural(steps.seen + steps.missing, 'step')}, {'; '.join(problems)}")
+    elif not count:
+        facts.append("no missing steps")
+    if count:
+        facts.append(
+            f"{plural(count, 'file')} that no manifest lists {'is' if count == 1 else 'are'} left out"
+        )
+    return False, f"data incomplete: {'; '.join(facts)}{idle}"
 
 
 def _were(count: int) -> str:

@@ -15,6 +15,7 @@ from helpers import cli, load_of, map_of, open_writer
 from eplb_analyze import open_run
 from eplb_analyze.analysis.summary import summarize
 from eplb_analyze.metrics.losses import WINDOW_STEPS
+from eplb_dump.format.schema import MANIFEST_FILE
 
 LAYERS, RANKS, PER_RANK = 3, 4, 2
 SLOTS = RANKS * PER_RANK
@@ -280,3 +281,23 @@ def test_figures_of_the_last_configuration_are_marked(tmp_path: Path) -> None:
     assert "how much of the imbalance better placement can remove in steps 40-59" in told
     told = " ".join(cli("advise", tmp_path).stdout.split())
     assert "recorded in steps 40-59 (" in told
+
+
+def test_data_is_not_complete_if_a_manifest_does_not_list_all_files(tmp_path: Path) -> None:
+    with open_writer(tmp_path, scope="global", segment_steps=10) as writer:
+        for step in range(40):
+            writer.record(step, load_of(step), map_of())
+        assert writer.close(60)
+    (manifest,) = tmp_path.rglob(MANIFEST_FILE)
+    damaged = bytearray(manifest.read_bytes())
+    damaged[len(damaged) // 2 :] = bytes(len(damaged) - len(damaged) // 2)
+    manifest.write_bytes(damaged)
+    found = json.loads(cli("summary", "--json", tmp_path).stdout)
+    lost = [
+        path for path in tmp_path.rglob("*.parquet") if int(path.stem[-6:]) * 10 >= found["steps"]["seen"]
+    ]
+    assert 0 < found["unlisted_files"] == len(lost)
+    assert found["verdict"]["verdict"] == "incomplete_data"
+    assert "data complete" not in (said := cli("summary", tmp_path)).stdout
+    assert said.returncode == 3
+    assert f"{len(lost)} files that no manifest lists are left out" in " ".join(said.stdout.split())
