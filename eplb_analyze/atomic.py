@@ -15,13 +15,13 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from eplb_analyze.errors import DumpError, UsageError
 from eplb_analyze.storage.path import StoragePath
 from eplb_dump.format.files import discard, fsync_folder, fsync_folders, rename
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import lock
 from eplb_dump.format.schema import LEVEL_PREFIXES, RUN_ID_PATTERN, RUN_PREFIX
 
@@ -208,7 +208,7 @@ def require_dump_folder(to: StoragePath) -> None:
         )
 
 
-@dataclass(frozen=True)
+@frozen
 class NewRun:
     """Where a run is made. ``root`` is a dump of its own until the run is complete."""
 

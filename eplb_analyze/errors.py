@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
+
+from eplb_dump.format.frozen import frozen
 
 EXIT_DONE, EXIT_CHECK_FAILED, EXIT_USAGE, EXIT_UNUSABLE = 0, 1, 2, 3
 
@@ -33,7 +34,7 @@ class UsageError(AnalyzeError):
     exit_code = EXIT_USAGE
 
 
-@dataclass(frozen=True)
+@frozen
 class Finding:
     """A fact about a dump that affects its figures. ``error``: they lack data or cannot be trusted."""
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import PurePath
 from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from eplb_dump.format.frozen import frozen
 
 #: The version of every JSON document that a command prints or saves. It goes up if a key is removed or
 #: changes its meaning, not if one is added.
@@ -141,7 +143,7 @@ class Report:
         return {key: as_json(value) for key, value in values.items()}
 
 
-@dataclass(frozen=True)
+@frozen
 class RunReport(Report):
     """A report on one run. Its JSON document starts with ``"run": {"run_id": …, "model": …}``."""
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 import threading
 from collections import Counter, deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import NamedTuple
 
 import numpy as np
 
 from eplb_dump.encoder import Encoded
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.schema import Status
 from eplb_dump.staging import Entry
 
@@ -25,7 +26,7 @@ QUEUE_IS_FULL = "the queue is full"
 IDLE, RUNNING, PLACED = range(3)
 
 
-@dataclass(frozen=True)
+@frozen
 class WriterStats:
     """The writer's accounting. ``recorded + dummy + not_sampled + dropped + rejected == seen``."""
 

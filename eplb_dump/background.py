@@ -20,7 +20,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -33,6 +32,7 @@ from eplb_dump.budget import Retention, Space
 from eplb_dump.encoder import Encoder
 from eplb_dump.format import manifest, retention, segment
 from eplb_dump.format.frames import Piece
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import JournalAppender, Shape
 from eplb_dump.format.manifest import SealedSegment
 from eplb_dump.format.notable import Notable
@@ -70,7 +70,7 @@ _POLL_SECONDS = 0.02
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
-@dataclass(frozen=True)
+@frozen
 class Limits:
     """When a segment ends, and how long a step may wait before it is in the journal (seconds)."""
 

@@ -16,10 +16,10 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from eplb_dump.arguments import require_age, require_bytes
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import JournalAppender
 from eplb_dump.format.schema import MANIFEST_FILE, SESSION_FILE
 
@@ -40,7 +40,7 @@ _JOURNALS = 3
 _REFUSED_SECONDS = 60.0
 
 
-@dataclass(frozen=True)
+@frozen
 class Retention:
     """What a session keeps; None: all.
 

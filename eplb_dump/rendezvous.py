@@ -21,9 +21,9 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.manifest import Manifest
 from eplb_dump.format.schema import (
     MANIFEST_FILE,
@@ -51,7 +51,7 @@ _ATTEMPTS = 10_000
 _TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 
 
-@dataclass(frozen=True)
+@frozen
 class Member:
     """A rank that claimed a place in a run. Times are ns by the file system's clock."""
 
@@ -65,7 +65,7 @@ class Member:
     closed_ns: int | None = None
 
 
-@dataclass(frozen=True)
+@frozen
 class Claim:
     """A claimed run; ``doubt`` says why other ranks of this start may be in another run, if they may."""
 

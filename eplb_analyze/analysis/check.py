@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from eplb_analyze.sessions.parquet_segment import ParquetSegment
 from eplb_analyze.sessions.segments import Segment
 from eplb_analyze.sessions.step_range import NO_END
 from eplb_analyze.text import listed
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import Int32, Int64, Shape, rank_loads
 from eplb_dump.format.schema import EMPTY_SLOT, MINUTES_SCHEMA
 
@@ -34,7 +34,7 @@ SKEW_SECONDS = 2.0
 CLOCK_SAMPLES = 16
 
 
-@dataclass(frozen=True)
+@frozen
 class CheckReport(RunReport):
     """Which steps a run has, and what is damaged, missing or contradictory in its files."""
 

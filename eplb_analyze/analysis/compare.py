@@ -6,7 +6,7 @@ A and B are two runs, or two phases or ranges of steps of one run.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -28,6 +28,7 @@ from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.run_info import RunInfo
 from eplb_analyze.sessions.step_range import StepRange
 from eplb_analyze.text import listed, plural
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import Int64, Shape
 
 #: Runs whose mean tokens per step differ by more than this factor have different workloads.
@@ -45,7 +46,7 @@ Verdict = Literal["better", "worse", "no significant difference", "not comparabl
 Size = Literal["negligible", "slight", "moderate", "large"]
 
 
-@dataclass(frozen=True)
+@frozen
 class Difference:
     """A figure of both runs, and B − A with its confidence interval; None if it is not known."""
 
@@ -70,7 +71,7 @@ class Difference:
         return cls(a, b, interval.value, interval.low, interval.high, verdict)
 
 
-@dataclass(frozen=True)
+@frozen
 class LayerDifference:
     layer: int
     #: The layer's share of the difference in idle fraction. The parts of all layers add up to 1; a layer in
@@ -80,7 +81,7 @@ class LayerDifference:
     idle_fraction: Difference
 
 
-@dataclass(frozen=True)
+@frozen
 class StepTime:
     """The step time of a phase, and how much of its difference imbalance explains."""
 
@@ -91,7 +92,7 @@ class StepTime:
     imbalance_ms: Milliseconds | None
 
 
-@dataclass(frozen=True)
+@frozen
 class Side(Report):
     """A or B."""
 
@@ -117,7 +118,7 @@ class Side(Report):
         return info | {name: value for name, value in super().to_json().items() if name != "info"} | known
 
 
-@dataclass(frozen=True)
+@frozen
 class Routing:
     """Distance of the experts' shares, a mean over layers in 0 … 1; and of the halves of each run."""
 
@@ -129,7 +130,7 @@ class Routing:
     within_b: float | None
 
 
-@dataclass(frozen=True)
+@frozen
 class Setting:
     """A setting that differs."""
 
@@ -140,7 +141,7 @@ class Setting:
     b: Any
 
 
-@dataclass(frozen=True)
+@frozen
 class Comparison(Report):
     """How much better or worse run B is than run A, whether by chance, and what is behind it."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +10,7 @@ import numpy as np
 from eplb_analyze.metrics.formulas import Float64
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.placements import PlacementHistory, fold, placed_sums, replicas
+from eplb_dump.format.frozen import frozen
 
 #: An expert is named if it explains at least this part of its layer's difference,
 MIN_PART = 0.25
@@ -22,7 +22,7 @@ DRIFT = 2.0
 MAX_EXPERTS = 100
 
 
-@dataclass(frozen=True)
+@frozen
 class ExpertDifference:
     """An expert whose replicas got more or fewer tokens.
 

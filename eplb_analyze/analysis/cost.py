@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +30,7 @@ from eplb_analyze.metrics.pauses import beside
 from eplb_analyze.metrics.prices import combined
 from eplb_analyze.reader.run import Run
 from eplb_analyze.text import milliseconds, plural
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import Int64
 
 #: If the engine names no phase, steps are told apart by their mean number of tokens per slot: an expert's
@@ -52,7 +53,7 @@ TIMES = {
 }
 
 
-@dataclass(frozen=True)
+@frozen
 class PhaseCost:
     """The cost of imbalance in the steps of one phase.
 
@@ -89,7 +90,7 @@ class UsedSteps(NamedTuple):
     excess: Excess | None
 
 
-@dataclass(frozen=True)
+@frozen
 class RunCost(Report):
     """The cost of imbalance over all phases whose step times show it.
 

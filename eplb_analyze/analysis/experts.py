@@ -7,7 +7,7 @@ folded to logical experts: so a long run costs little more than decoding it.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from eplb_analyze.reader.placements import fold, holdings, replicas, sums_betwee
 from eplb_analyze.reader.readings import Reading
 from eplb_analyze.reader.run import Run
 from eplb_analyze.text import listed, plural
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import Int32, Int64, Shape
 from eplb_dump.format.schema import EMPTY_SLOT, Tier
 
@@ -37,7 +38,7 @@ ALWAYS = 0.9
 FEW_TOKENS = 30
 
 
-@dataclass(frozen=True)
+@frozen
 class Overlap:
     """The mean share of a layer's hot set that is still in it ``lag`` windows later."""
 
@@ -49,7 +50,7 @@ class Overlap:
     pairs: int
 
 
-@dataclass(frozen=True)
+@frozen
 class ExpertReport(SumsReport):
     """``experts`` has a row a layer and logical expert; docs/cli.md describes its columns."""
 

@@ -7,7 +7,7 @@ of its named slots, and others can have had as many: of one with several replica
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import numpy as np
@@ -28,10 +28,11 @@ from eplb_analyze.reader.rolled_up import add_up, minutes_of_steps, nothing_kept
 from eplb_analyze.reader.run import Run
 from eplb_analyze.sessions.segments import DamagedSegmentError
 from eplb_analyze.text import iso
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.schema import Tier
 
 
-@dataclass(frozen=True)
+@frozen
 class MinuteExperts(RunReport):
     """If no experts' loads are kept of the steps: which experts were hot, by the slots that minutes name.
 

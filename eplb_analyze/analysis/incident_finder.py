@@ -7,7 +7,7 @@ steps (:mod:`analysis.incident_explainer`). What belongs together is merged (:mo
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -28,9 +28,10 @@ from eplb_analyze.analysis.layer_loads import LayerLoads
 from eplb_analyze.metrics.change_points import MIN_STEPS
 from eplb_analyze.reader.run import Run
 from eplb_analyze.sessions.step_range import StepRange
+from eplb_dump.format.frozen import frozen
 
 
-@dataclass(frozen=True)
+@frozen
 class Incidents:
     """The incidents of a run, in order of steps.
 

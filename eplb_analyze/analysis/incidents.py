@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 from eplb_analyze.analysis.milliseconds import Milliseconds
+from eplb_dump.format.frozen import frozen
 
 CauseKind = Literal[
     "expert_hot",
@@ -21,7 +21,7 @@ CauseKind = Literal[
 EndKind = Literal["rearrangement", "traffic", "rank_back", "run_end"]
 
 
-@dataclass(frozen=True)
+@frozen
 class Cause:
     """Why a layer departs from its usual balance.
 
@@ -43,7 +43,7 @@ class Cause:
     replicas: int | None = None
 
 
-@dataclass(frozen=True)
+@frozen
 class EndedBy:
     """What ended an incident, and the first step after it; with ``run_end`` the run's last step.
 
@@ -57,7 +57,7 @@ class EndedBy:
     replicas: int | None = None
 
 
-@dataclass(frozen=True)
+@frozen
 class IncidentCost:
     """What an incident cost beyond the layer's usual imbalance.
 
@@ -70,7 +70,7 @@ class IncidentCost:
     tokens_per_step: float
 
 
-@dataclass(frozen=True)
+@frozen
 class Incident:
     """Consecutive steps in which one layer, or several at once, depart from their usual balance.
 

@@ -5,7 +5,7 @@ A departure here is no incident yet: :mod:`analysis.incident_explainer` looks fo
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ from eplb_analyze.metrics.departures import RESTLESS, departures
 from eplb_analyze.metrics.formulas import Terms
 from eplb_analyze.reader.tiers import Ranges
 from eplb_analyze.sessions.step_range import StepRange
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import Int64
 
 #: Edges of two layers at most so many steps apart are of one departure.
@@ -31,7 +32,7 @@ ALL_LAYERS = 0.3
 LOOKED_AT = 3
 
 
-@dataclass(frozen=True)
+@frozen
 class BalanceSeries:
     """Balancedness of each layer and tokens over a run; in a long run a value is of several steps.
 
@@ -92,7 +93,7 @@ def tokens_of(terms: Terms) -> npt.NDArray[np.float32]:
     return tokens
 
 
-@dataclass(frozen=True)
+@frozen
 class Found:
     """A departure of some layers, in steps: ``end`` is the first step after it."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,6 +11,7 @@ import numpy.typing as npt
 from eplb_analyze.metrics.incident_causes import LayerSample
 from eplb_analyze.reader.lost import LostRank
 from eplb_analyze.reader.placements import PlacementHistory
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import Int64
 
 #: A cause is told by experts' loads only if they are kept of so many steps on either side of an edge.
@@ -42,7 +42,7 @@ class LayerLoads(Protocol):
         """What the difference of imbalance of a layer like this costs, times ``layers``: ms, or None."""
 
 
-@dataclass(frozen=True)
+@frozen
 class LayerWindow:
     """Consecutive recorded steps of one layer.
 

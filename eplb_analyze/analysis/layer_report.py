@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from eplb_analyze.json_report import Report, RunReport
 from eplb_analyze.metrics.losses import Bin
 from eplb_analyze.text import iso
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.schema import Tier
 
 
-@dataclass(frozen=True)
+@frozen
 class HotExpert:
     """A logical expert and its share of its layer's tokens."""
 
@@ -22,13 +23,13 @@ class HotExpert:
     replicas: int
 
 
-@dataclass(frozen=True)
+@frozen
 class RankLoad:
     rank: int
     load: float
 
 
-@dataclass(frozen=True)
+@frozen
 class SlotLoad:
     """A physical expert. ``logical`` is -1 in an empty slot, None if unknown or not the same in all steps."""
 
@@ -38,7 +39,7 @@ class SlotLoad:
     load: float
 
 
-@dataclass(frozen=True)
+@frozen
 class ExpertLoad:
     """A logical expert, and what each rank got of it under the placements in force."""
 
@@ -50,7 +51,7 @@ class ExpertLoad:
     ranks: list[RankLoad]
 
 
-@dataclass(frozen=True)
+@frozen
 class LayerMinutes(Report):
     """What sums per minute show of a layer besides its ranks. Times are ns since 1970, and texts in JSON."""
 
@@ -79,7 +80,7 @@ class LayerMinutes(Report):
         )
 
 
-@dataclass(frozen=True)
+@frozen
 class LayerReport(RunReport):
     """The load of each rank, slot and expert of one layer, summed over some steps."""
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from eplb_analyze.metrics.bootstrap import Interval
+from eplb_dump.format.frozen import frozen
 
 
-@dataclass(frozen=True)
+@frozen
 class Milliseconds:
     """An estimate and its 95% interval."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from eplb_analyze.metrics.formulas import Float64
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.placements import Rearrangement
 from eplb_analyze.reader.run import Run
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import Int64
 
 #: If the time between steps is below this share of the engine's own, the clock is not the engine's: the steps
@@ -28,7 +28,7 @@ LONG, LONG_MS = 20.0, 50.0
 LISTED = 3
 
 
-@dataclass(frozen=True)
+@frozen
 class Gap:
     """A long time between a step and the one before it."""
 
@@ -36,7 +36,7 @@ class Gap:
     ms: float
 
 
-@dataclass(frozen=True)
+@frozen
 class LongGaps:
     """Gaps between steps that are long and beside no rearrangement: the engine was idle, or it stalled."""
 
@@ -50,7 +50,7 @@ class LongGaps:
     median_ms: float
 
 
-@dataclass(frozen=True)
+@frozen
 class PauseTotal:
     """How long rearrangements paused the engine in all."""
 

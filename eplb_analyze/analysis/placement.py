@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,11 @@ from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.run_info import uneven_nodes
 from eplb_analyze.sessions.step_range import StepRange
 from eplb_analyze.text import listed
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.schema import EMPTY_SLOT, Tier
 
 
-@dataclass(frozen=True)
+@frozen
 class LayerPlacement:
     """The placement of one layer, and its replicas."""
 
@@ -46,7 +47,7 @@ class LayerPlacement:
         return [rank for rank, slots in enumerate(self.ranks) if expert in slots]
 
 
-@dataclass(frozen=True)
+@frozen
 class RankChange:
     """The logical experts that a rank gained and lost."""
 
@@ -57,7 +58,7 @@ class RankChange:
     experts_out: list[int]
 
 
-@dataclass(frozen=True)
+@frozen
 class LayerChange:
     layer: int
     slots_changed: int
@@ -69,7 +70,7 @@ class LayerChange:
     ranks: list[RankChange]
 
 
-@dataclass(frozen=True)
+@frozen
 class PlacementReport(RunReport):
     """Which expert is in which slot at a step, and what changed since another step."""
 

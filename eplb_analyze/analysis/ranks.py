@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,11 @@ from eplb_analyze.reader.lost import lost_in, serving
 from eplb_analyze.reader.readings import Reading
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.run_info import uneven_nodes
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import Int64, Shape
 
 
-@dataclass(frozen=True)
+@frozen
 class Straggler:
     """An EP rank, or a node with its ranks."""
 
@@ -41,7 +42,7 @@ class Straggler:
     excess_share: float | None
 
 
-@dataclass(frozen=True)
+@frozen
 class LayerHeat:
     """Load of each rank over the layer's mean, and of each node's ranks; None without any token."""
 
@@ -50,7 +51,7 @@ class LayerHeat:
     nodes: list[float | None]
 
 
-@dataclass(frozen=True)
+@frozen
 class RankReport(SumsReport):
     """Which ranks and nodes the others had to wait for, and how much that took."""
 

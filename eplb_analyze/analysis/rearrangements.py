@@ -30,6 +30,7 @@ from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.run_info import uneven_nodes
 from eplb_analyze.sessions.step_range import StepRange
 from eplb_analyze.text import listed, plural
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import Int32, Int64, Shape
 from eplb_dump.format.schema import Tier
 
@@ -49,7 +50,7 @@ Verdict = Literal[
 ]
 
 
-@dataclass(frozen=True)
+@frozen
 class Window:
     """Complete steps on one side of a rearrangement, with an active layer."""
 
@@ -59,7 +60,7 @@ class Window:
     balancedness: float | None
 
 
-@dataclass(frozen=True)
+@frozen
 class Lasted:
     """Steps for which at least half of the gain at first was there, and what ended them."""
 
@@ -68,7 +69,7 @@ class Lasted:
     until: Literal["half gone", "next rearrangement", "end"]
 
 
-@dataclass(frozen=True)
+@frozen
 class RearrangementFigures:
     """One rearrangement. A figure that cannot be given is None, and ``reason`` says why."""
 
@@ -118,7 +119,7 @@ class RearrangementFigures:
     break_even_steps: int | None = None
 
 
-@dataclass(frozen=True)
+@frozen
 class RearrangementReport(RunReport):
     """What each rearrangement moved, whether it helped, and what it cost."""
 
@@ -284,7 +285,7 @@ def unjudged(run: Run, balancedness: Iterable[tuple[Shape, Int64, formulas.Float
     return [change.measured(series) for change in _changes(run, None, WINDOW)]
 
 
-@dataclass(frozen=True)
+@frozen
 class MeasuredChange:
     """What a rearrangement is judged by: the balancedness before it, and after it until the next one."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -24,6 +23,7 @@ from eplb_analyze.reader.placements import Rearrangement
 from eplb_analyze.reader.run_info import RunInfo
 from eplb_analyze.sessions.step_range import StepRange
 from eplb_analyze.text import iso, listed, percent, plural
+from eplb_dump.format.frozen import frozen
 
 HOT_EXPERTS = 10
 #: Shown besides the two main figures, each under its own name.
@@ -38,7 +38,7 @@ BALANCED, IMBALANCED = 0.95, 0.8
 COSTLY = 0.05
 
 
-@dataclass(frozen=True)
+@frozen
 class Verdict:
     """What to think of a run first; docs/cli.md lists the rules, and the first that applies decides."""
 
@@ -47,7 +47,7 @@ class Verdict:
     rule: str
 
 
-@dataclass(frozen=True)
+@frozen
 class LayerFigure:
     layer: int
     balancedness: float | None
@@ -57,7 +57,7 @@ class LayerFigure:
     worst_rank_share: float | None
 
 
-@dataclass(frozen=True)
+@frozen
 class Configuration:
     """Steps of one EP size, number of slots and set of serving ranks. Nothing is summed across a change."""
 
@@ -72,7 +72,7 @@ class Configuration:
     idle_fraction: float | None
 
 
-@dataclass(frozen=True)
+@frozen
 class Estimate:
     """Figures of steps that lack some ranks, by the loads of the others alone.
 
@@ -89,7 +89,7 @@ class Estimate:
     idle_fraction: float | None
 
 
-@dataclass(frozen=True)
+@frozen
 class PhaseFigure:
     """The steps of one phase, as the engine named it."""
 
@@ -99,7 +99,7 @@ class PhaseFigure:
     idle_fraction: float | None
 
 
-@dataclass(frozen=True)
+@frozen
 class Loss:
     """Σ (max − mean) tokens over steps and layers, for which the other ranks waited, and its causes."""
 
@@ -114,7 +114,7 @@ class Loss:
     stretches: list[StretchLoss]
 
 
-@dataclass(frozen=True)
+@frozen
 class StepMilliseconds:
     """The time from one step to the next by the writer's clock, in ms; it includes waiting for requests."""
 
@@ -127,7 +127,7 @@ class StepMilliseconds:
     percentile_error: float | None
 
 
-@dataclass(frozen=True)
+@frozen
 class SummedLayer:
     """A layer's loads summed per minute."""
 
@@ -138,7 +138,7 @@ class SummedLayer:
     worst_rank_share: float | None
 
 
-@dataclass(frozen=True)
+@frozen
 class SummedLoads:
     """Imbalance of loads that are summed per minute: all that sums of single ranks show.
 
@@ -155,7 +155,7 @@ class SummedLoads:
     layers: list[SummedLayer]
 
 
-@dataclass(frozen=True)
+@frozen
 class Rollup(Report):
     """That figures are from sums per minute, of which minutes, and what is kept of the run.
 
@@ -206,7 +206,7 @@ class Rollup(Report):
         )
 
 
-@dataclass(frozen=True)
+@frozen
 class Summary(Report):
     """The verdict on a run, the cost of imbalance, the incidents, and the figures behind them."""
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from typing import TYPE_CHECKING, Literal
 
 from eplb_analyze.json_report import RunReport
 from eplb_analyze.metrics.formulas import ACTIVE_EXPERTS, FORMULAS
 from eplb_analyze.reader.completeness import Completeness
+from eplb_dump.format.frozen import frozen
 
 if TYPE_CHECKING:
     import polars as pl
@@ -17,7 +18,7 @@ NAMES = (*FORMULAS, ACTIVE_EXPERTS.name, IDLE_FRACTION)
 DEFAULT_BINS = 100
 
 
-@dataclass(frozen=True)
+@frozen
 class Bin:
     """A range of steps; the figures are None if none of them is complete and active."""
 
@@ -30,7 +31,7 @@ class Bin:
     max: float | None
 
 
-@dataclass(frozen=True)
+@frozen
 class Stretch:
     """A stretch of steps of one shape."""
 
@@ -40,7 +41,7 @@ class Stretch:
     num_physical_experts: int
 
 
-@dataclass(frozen=True)
+@frozen
 class Timeline(RunReport):
     """A formula over the steps of a run, in bins."""
 

@@ -6,7 +6,6 @@ the matrix. Only the sums per rank are read, not single experts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +20,7 @@ from eplb_analyze.reader.readings import Reading
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.run_info import uneven_nodes
 from eplb_analyze.text import listed
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import Int64, Shape
 from eplb_dump.format.schema import Scope
 
@@ -29,7 +29,7 @@ PAIRS = 10
 By = Literal["rank", "node"]
 
 
-@dataclass(frozen=True)
+@frozen
 class Shares:
     """Shares of the tokens by how far they go; None if not known, or if there are no tokens."""
 
@@ -39,7 +39,7 @@ class Shares:
     other_node: float | None
 
 
-@dataclass(frozen=True)
+@frozen
 class Pair:
     source: int
     destination: int
@@ -49,7 +49,7 @@ class Pair:
     times_mean: float
 
 
-@dataclass(frozen=True)
+@frozen
 class Receiver:
     """The tokens that a rank (or node) receives, and how many come from others."""
 
@@ -62,14 +62,14 @@ class Receiver:
     busiest_source: int | None
 
 
-@dataclass(frozen=True)
+@frozen
 class LayerTraffic:
     layer: int
     tokens: int
     shares: Shares
 
 
-@dataclass(frozen=True)
+@frozen
 class TrafficReport(SumsReport):
     """How many tokens each rank or node sent to each other one."""
 

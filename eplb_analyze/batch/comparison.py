@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,6 +18,7 @@ from eplb_analyze.metrics import bootstrap
 from eplb_analyze.metrics.bootstrap import MIN_STEPS, Ratio
 from eplb_analyze.storage import path as storage
 from eplb_analyze.text import listed
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.schema import RUN_PREFIX, Scope
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 _FIELDS = {f.name for f in fields(Row)} - {"series", "faults", "config"}
 
 
-@dataclass(frozen=True)
+@frozen
 class Group:
     """Runs with a value in common. Figures are means over steps; balancedness over steps with tokens."""
 
@@ -63,7 +64,7 @@ class Group:
         )
 
 
-@dataclass(frozen=True)
+@frozen
 class Postmortem(Report):
     #: The run that lost most GPU time first; broken runs last.
     rows: list[Row]

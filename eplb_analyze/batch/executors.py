@@ -13,12 +13,12 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from eplb_analyze.errors import UsageError
 from eplb_analyze.parallel import limit_workers, num_cores, ordered_results
 from eplb_analyze.processes import closed_pipes_ignored, process_pool
+from eplb_dump.format.frozen import frozen
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -28,7 +28,7 @@ NAMES = ("local", "processes", "ray")
 AHEAD = 2
 
 
-@dataclass(frozen=True)
+@frozen
 class WorkerDied:
     """The worker of an item died: killed for its memory, for example."""
 
@@ -106,7 +106,7 @@ def _pool(workers: int) -> ProcessPoolExecutor:
     return process_pool(workers, preload="eplb_analyze.batch.postmortem")
 
 
-@dataclass(frozen=True)
+@frozen
 class _PoolResult(Generic[Item, Result]):
     """A pending result of a process pool. One dead worker ends its pool, and all its pending results."""
 
@@ -173,7 +173,7 @@ class Ray:
         sys.stdout = self._stdout
 
 
-@dataclass(frozen=True)
+@frozen
 class _RayResult(Generic[Result]):
     ray: Any
     reference: Any

@@ -32,12 +32,13 @@ from eplb_analyze.reader.placements import PlacementSlice
 from eplb_analyze.reader.rolled_up import from_minutes
 from eplb_analyze.reader.run import Run, open_run
 from eplb_analyze.sessions.step_range import StepRange
+from eplb_dump.format.frozen import frozen
 
 #: So many rearrangements take a worker some 20 ms.
 JUDGED_AT_ONCE = 8
 
 
-@dataclass(frozen=True)
+@frozen
 class RunTask:
     """Work on one run: read it, read a part of it, make the row of its merged parts, or judge changes."""
 

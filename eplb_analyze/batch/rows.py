@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from datetime import datetime, timezone
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from eplb_analyze.metrics.formulas import Float64
 from eplb_analyze.metrics.series import sum_groups
 from eplb_analyze.reader.run import Run
 from eplb_analyze.text import iso
+from eplb_dump.format.frozen import frozen
 
 #: A row keeps a run's balancedness over time in at most this many sums, for comparisons.
 MAX_SERIES = 4096
@@ -25,7 +26,7 @@ MAX_SERIES = 4096
 Status = Literal["complete", "incomplete", "broken"]
 
 
-@dataclass(frozen=True)
+@frozen
 class Row(Report):
     """One run of one model. A figure that is not known is None."""
 

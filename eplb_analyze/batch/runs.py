@@ -6,7 +6,6 @@ One folder ``run=…`` is read at a time, so memory grows only with the list its
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Literal
@@ -20,6 +19,7 @@ from eplb_analyze.sessions.segments import DamagedSegmentError
 from eplb_analyze.storage import path as storage
 from eplb_analyze.storage.bucket import UnreachableError
 from eplb_analyze.storage.path import StoragePath
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.schema import LEVEL_PREFIXES, RUN_PREFIX, Scope, Tier
 
 #: A run whose writers did not end it is open if they wrote within this time. They write once a flush
@@ -29,7 +29,7 @@ OPEN_SECONDS = 60.0
 State = Literal["closed", "open", "not closed"]
 
 
-@dataclass(frozen=True)
+@frozen
 class RunLine(Report):
     """One model of one run. A fact that is not known is null."""
 
@@ -78,7 +78,7 @@ class RunLine(Report):
     fault: str | None
 
 
-@dataclass(frozen=True)
+@frozen
 class RunList(Report):
     """The runs of a dump."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from eplb_analyze.atomic import is_temporary
@@ -13,10 +12,11 @@ from eplb_analyze.sessions.discovery import discover
 from eplb_analyze.storage import path as storage
 from eplb_analyze.storage.bucket import UnreachableError
 from eplb_analyze.storage.path import StoragePath
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.schema import LEVEL_PREFIXES, RUN_PREFIX
 
 
-@dataclass(frozen=True)
+@frozen
 class Target:
     """One run of one model in a dump."""
 

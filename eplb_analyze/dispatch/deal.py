@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
@@ -23,6 +22,7 @@ import numpy.typing as npt
 
 from eplb_analyze.dispatch.rule import Bits, Busiest, Counts, Dispatch, Replicas, Tokens, busiest_of
 from eplb_analyze.metrics.formulas import Float64
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import Int32, Int64
 from eplb_dump.format.schema import EMPTY_SLOT
 
@@ -40,7 +40,7 @@ LARGE_BATCH = 4096
 EXACT_IN_FLOAT32 = 1 << 24
 
 
-@dataclass(frozen=True)
+@frozen
 class Dealt(Dispatch):
     """Each token goes to any replica of its expert, or to the one that its source rank has chosen."""
 
@@ -131,7 +131,7 @@ class Dealt(Dispatch):
         return _Sure(counts, left, _shares(copies))
 
 
-@dataclass(frozen=True)
+@frozen
 class ByPosition(Dealt):
     """A token's position in the batch of its rank chooses the replica.
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from eplb_analyze.dispatch.rule import Bits, Busiest, Dispatch, Replicas, Tokens, busiest_of
 from eplb_analyze.metrics.formulas import Float64
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.schema import EMPTY_SLOT
 
 
-@dataclass(frozen=True)
+@frozen
 class Even(Dispatch):
     """Every replica of an expert gets the same share of each step's tokens."""
 

@@ -11,13 +11,13 @@ a time, for many steps at once, until the ranks with most tokens are a set whose
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from eplb_analyze.dispatch.rule import Bits, Busiest, Counts, Dispatch, Replicas, Tokens
 from eplb_analyze.metrics.formulas import Float64
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import Int32
 from eplb_dump.format.schema import EMPTY_SLOT
 
@@ -31,7 +31,7 @@ SWEEPS = 6
 MOST_SWEEPS = 120
 
 
-@dataclass(frozen=True)
+@frozen
 class LeastMaximum(Dispatch):
     """No dispatch of the same placement and tokens has a busiest rank with fewer tokens.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from eplb_analyze.dispatch import sources
 from eplb_analyze.dispatch.deal import ByPosition, Dealt
@@ -12,6 +11,7 @@ from eplb_analyze.dispatch.lp import LeastMaximum
 from eplb_analyze.dispatch.rule import Dispatch
 from eplb_analyze.errors import UsageError
 from eplb_analyze.text import listed
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import Int32
 
 #: As the recorded replicas share their tokens.
@@ -24,7 +24,7 @@ LP = "lp"
 Table = Callable[[Int32, int, int, int], Int32]
 
 
-@dataclass(frozen=True)
+@frozen
 class NamedDispatch:
     """A dispatch, and which replica it has a source rank choose."""
 

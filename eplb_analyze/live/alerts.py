@@ -30,6 +30,7 @@ from eplb_analyze.metrics.contrasts import SLOW_FROM
 from eplb_analyze.metrics.departures import clear_changes, departures
 from eplb_analyze.reader.lost import LostRank
 from eplb_analyze.reader.placements import PlacementHistory
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import Int64, Shape
 from eplb_dump.format.session import SessionInfo
 
@@ -45,7 +46,7 @@ RECENT = 40
 SETTLED = 160
 
 
-@dataclass(frozen=True)
+@frozen
 class Alert(Incident):
     """An incident as far as it is known while the run is written.
 

@@ -15,6 +15,7 @@ import numpy as np
 from eplb_analyze.live.window import CompleteSteps
 from eplb_analyze.metrics.formulas import Float64
 from eplb_analyze.reader.placements import LayerHistory, replicas
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import Int32, Int64
 from eplb_dump.format.schema import EMPTY_SLOT
 
@@ -32,7 +33,7 @@ class _Chunk:
     tokens: Float64
 
 
-@dataclass(frozen=True)
+@frozen
 class ExpertTokens:
     """Tokens of each expert over some steps; ``tokens`` is float64 ``[layers, num_logical_experts]``."""
 

@@ -7,7 +7,7 @@ experts the model has: the worst layer and the worst rank are values, not labels
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Literal
 
 from eplb_analyze.analysis.cost import RunCost
@@ -16,6 +16,7 @@ from eplb_analyze.live.alerts import Alert
 from eplb_analyze.live.snapshot import LayerSnapshot, RankSnapshot, Snapshot
 from eplb_analyze.live.totals import Totals
 from eplb_analyze.metrics.cost import CostStatus
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.schema import STATUS_LABELS
 
 #: The promise of docs/operate/metrics.md.
@@ -26,7 +27,7 @@ CURRENT_SECONDS = 60.0
 Kind = Literal["counter", "gauge", "summary"]
 
 
-@dataclass(frozen=True)
+@frozen
 class Sample:
     """One series and its value."""
 
@@ -38,7 +39,7 @@ class Sample:
     count: int | None = None
 
 
-@dataclass(frozen=True)
+@frozen
 class Family:
     """A metric and its series."""
 
@@ -52,7 +53,7 @@ class Family:
     samples: list[Sample] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
+@frozen
 class MetricsReport(RunReport):
     """All metrics of a run at one moment: the report of `serve-metrics --once`."""
 
@@ -160,7 +161,7 @@ SIDECAR_METRICS: dict[str, tuple[Kind, str]] = {
 METRICS = {**RANK_METRICS, **RUN_METRICS, **SIDECAR_METRICS}
 
 
-@dataclass(frozen=True)
+@frozen
 class SidecarState:
     """What a sidecar knows beside the run.
 

@@ -9,7 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from eplb_analyze.live.tail import GrowingFile
 from eplb_analyze.sessions.parquet_segment import ParquetSegment
 from eplb_analyze.sessions.segments import DamagedSegmentError
 from eplb_dump.format.frames import Frame, steps_in
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import (
     Int64,
     PlacementRows,
@@ -53,7 +54,7 @@ IDLE_FACTOR = 16
 READ_ERRORS = (OSError, FormatError, LookupError, TypeError, ValueError, AttributeError)
 
 
-@dataclass(frozen=True)
+@frozen
 class Batch:
     """New steps of one rank: one committed batch of its journal, or a sealed segment.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from eplb_analyze.errors import Finding
@@ -10,9 +9,10 @@ from eplb_analyze.json_report import RunReport
 from eplb_analyze.live.alerts import Alert
 from eplb_analyze.metrics.formulas import Spread
 from eplb_analyze.metrics.losses import Bin
+from eplb_dump.format.frozen import frozen
 
 
-@dataclass(frozen=True)
+@frozen
 class LayerSnapshot:
     """The figures of one layer over the complete steps."""
 
@@ -23,7 +23,7 @@ class LayerSnapshot:
     worst_rank_share: float | None
 
 
-@dataclass(frozen=True)
+@frozen
 class RankSnapshot:
     """The figures of one EP rank over the complete steps."""
 
@@ -35,7 +35,7 @@ class RankSnapshot:
     excess_share: float | None
 
 
-@dataclass(frozen=True)
+@frozen
 class RecentSnapshot:
     """The figures of the complete steps in the last 10 s before the newest step."""
 
@@ -48,7 +48,7 @@ class RecentSnapshot:
     ranks: list[RankSnapshot]
 
 
-@dataclass(frozen=True)
+@frozen
 class LiveHotExpert:
     """A logical expert with a high load per replica.
 
@@ -64,7 +64,7 @@ class LiveHotExpert:
     replicas: int
 
 
-@dataclass(frozen=True)
+@frozen
 class WriterSnapshot:
     """The progress of one writer that the run expects."""
 
@@ -85,7 +85,7 @@ class WriterSnapshot:
     rejected: int
 
 
-@dataclass(frozen=True)
+@frozen
 class RearrangementSnapshot:
     """The newest rearrangement, and balancedness before and after it among the steps that were read."""
 
@@ -106,7 +106,7 @@ class RearrangementSnapshot:
     gain: float | None
 
 
-@dataclass(frozen=True)
+@frozen
 class Snapshot(RunReport):
     """A run at one moment. Figures cover the complete steps among the newest ``window`` recorded ones."""
 

@@ -19,6 +19,7 @@ from eplb_analyze.metrics.formulas import FORMULAS, Float64, Terms
 from eplb_analyze.reader.join import JoinedRows, RankRows, StepState, join_rows
 from eplb_analyze.reader.lost import MIN_TOKENS, LostRank, full, serving, serving_ranks
 from eplb_analyze.sessions.step_range import NO_END, StepRange
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import Int64, Shape, StepRows
 from eplb_dump.format.schema import Scope, Status
 from eplb_dump.format.session import SessionInfo
@@ -129,7 +130,7 @@ class _StepSum:
         return _sum_slots(self.load, self.ep_size)
 
 
-@dataclass(frozen=True)
+@frozen
 class CompleteSteps:
     """Steps that became complete.
 

@@ -6,10 +6,10 @@ steps are drawn, so that what one step says about the next stays in the sample.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
+
+from eplb_dump.format.frozen import frozen
 
 Float64 = npt.NDArray[np.float64]
 
@@ -23,7 +23,7 @@ MIN_STEPS = 8
 ROUNDING = 1e-9
 
 
-@dataclass(frozen=True)
+@frozen
 class Ratio:
     """A figure by the terms of its steps: ``numerator.sum() / denominator.sum()``."""
 
@@ -40,7 +40,7 @@ class Ratio:
         return float(self.numerator.sum() / total) if total > 0 else None
 
 
-@dataclass(frozen=True)
+@frozen
 class Interval:
     #: The estimate.
     value: float

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +23,7 @@ import numpy.typing as npt
 
 from eplb_analyze.metrics.bootstrap import SEED, Interval, correlation, standard_error
 from eplb_analyze.text import percent, plural
+from eplb_dump.format.frozen import frozen
 
 Float64 = npt.NDArray[np.float64]
 Floats = npt.NDArray[np.floating[Any]]
@@ -54,7 +54,7 @@ PLAUSIBLE = 5.0
 MAX_UNKNOWN = 0.25
 
 
-@dataclass(frozen=True)
+@frozen
 class StepTimes:
     """Step times that another program measured.
 
@@ -181,7 +181,7 @@ class Rate(NamedTuple):
     ms: Interval
 
 
-@dataclass(frozen=True)
+@frozen
 class Cost:
     """What imbalance cost in the steps of one phase.
 

@@ -8,12 +8,13 @@ above 0. They share what they reduce ``T`` to, :class:`Terms`, so that it is com
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from eplb_dump.format.frozen import frozen
 
 Float64 = npt.NDArray[np.float64]
 
@@ -158,7 +159,7 @@ class Terms:
         return _ratio(self.mean, self.maximum)
 
 
-@dataclass(frozen=True)
+@frozen
 class Formula:
     """A formula, its source and its direction."""
 
@@ -336,7 +337,7 @@ def per_layer(formula: Formula, T: Float64, serving: int | None = None) -> Float
     return formula.of(terms).reshape(steps, layers)
 
 
-@dataclass(frozen=True)
+@frozen
 class Spread:
     """A figure over the steps of a run: its mean, low percentiles and extreme, with its step."""
 

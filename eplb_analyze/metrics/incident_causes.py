@@ -9,7 +9,6 @@ Arrays in, arrays out.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +17,7 @@ import numpy.typing as npt
 
 from eplb_analyze.metrics.change_points import split
 from eplb_analyze.metrics.formulas import Float64
+from eplb_dump.format.frozen import frozen
 
 #: A cause explains an incident if without it at most this share of the loss of balance remains.
 EXPLAINED = 0.5
@@ -31,7 +31,7 @@ FEWER = 0.6
 DISTINCT = 4.0
 
 
-@dataclass(frozen=True)
+@frozen
 class LayerSample:
     """One layer in some steps of one placement.
 
@@ -128,7 +128,7 @@ def mean_balance(share: Float64, split_: Float64, serving: int) -> float:
     return float(rank.sum()) / serving / most if most > 0 else 1.0
 
 
-@dataclass(frozen=True)
+@frozen
 class Explanation:
     """Attributes: as of :class:`eplb_analyze.analysis.incidents.Cause`; ``kept``: how much each explains."""
 

@@ -6,7 +6,6 @@ that rank; ranks that tie share them. The sums are of loads of one shape and sta
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_analyze.metrics.formulas import Float64, Terms, sum_type
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import Int64, Shape
 
 #: A run is divided into about this many bins of equally many steps.
@@ -24,7 +24,7 @@ WINDOW_STEPS = 128
 LEAST_STEPS = 96
 
 
-@dataclass(frozen=True)
+@frozen
 class RankLoss:
     """What an EP rank cost the others as the slowest."""
 
@@ -34,7 +34,7 @@ class RankLoss:
     share: float
 
 
-@dataclass(frozen=True)
+@frozen
 class StretchLoss:
     """Consecutive bins in which one rank cost one layer more than a layer costs on average."""
 
@@ -47,7 +47,7 @@ class StretchLoss:
     share: float
 
 
-@dataclass(frozen=True)
+@frozen
 class Bin:
     """One bin of steps; balancedness is None if none of its steps is complete."""
 
@@ -86,7 +86,7 @@ class Windows(NamedTuple):
     counts: list[int]
 
 
-@dataclass(frozen=True)
+@frozen
 class _Window:
     """A window that may continue in the steps before or after."""
 

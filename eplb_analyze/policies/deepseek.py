@@ -8,13 +8,13 @@ rounding and in the order of ties: see :class:`Arithmetic`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from eplb_analyze.policies import torch_cpu
+from eplb_dump.format.frozen import frozen
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
@@ -22,7 +22,7 @@ Intp = npt.NDArray[np.intp]
 Array = npt.NDArray[Any]
 
 
-@dataclass(frozen=True)
+@frozen
 class Arithmetic:
     """How an implementation rounds, and how it breaks ties."""
 

@@ -11,13 +11,13 @@ when it starts: later the engine leaves a layer alone while it is balanced.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from eplb_analyze.policies.slots import keep_slots
+from eplb_dump.format.frozen import frozen
 
 Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
@@ -74,7 +74,7 @@ def _shared(old: Array, new: Array, experts: int) -> Int64:
     return np.stack([np.minimum(row, held[1]).sum(axis=1) for row in held[0]])
 
 
-@dataclass(frozen=True)
+@frozen
 class _Loads:
     """Tokens of the windows and their statistics, by layer."""
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
 
 from eplb_analyze.errors import DumpError, Finding, NotInDumpError
 from eplb_analyze.sessions.discovery import Discovery, discover
 from eplb_analyze.sessions.starts import run_and_start
 from eplb_analyze.storage.path import StoragePath, full_text
 from eplb_analyze.text import command_line, listed
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.schema import model_slug
 from eplb_dump.format.session import SessionInfo
 
@@ -17,7 +17,7 @@ from eplb_dump.format.session import SessionInfo
 MAX_CANDIDATES = 10
 
 
-@dataclass(frozen=True)
+@frozen
 class Choice:
     """The sessions of one model of one run, before any is opened."""
 

@@ -21,7 +21,7 @@ import datetime
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -36,6 +36,7 @@ from eplb_analyze.sessions.segments import DamagedSegmentError
 from eplb_analyze.sessions.step_range import StepRange
 from eplb_analyze.storage.path import requests_at_once
 from eplb_analyze.text import SECOND_NS, duration, iso, local_time
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import Int64
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ KEPT_GROUPS = 64
 _MISSING = np.iinfo(np.int64).max
 
 
-@dataclass(frozen=True)
+@frozen
 class _Times:
     """Steps of a group of segments, ascending, and the time of each, ns since 1970: int64 [n]."""
 

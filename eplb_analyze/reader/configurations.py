@@ -8,7 +8,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from eplb_analyze.json_report import RunReport
@@ -18,10 +17,11 @@ from eplb_analyze.reader.readings import Reading, read_blocks
 from eplb_analyze.reader.run import Run
 from eplb_analyze.sessions.step_range import StepRange
 from eplb_analyze.text import listed, plural
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import Shape
 
 
-@dataclass(frozen=True)
+@frozen
 class SumsReport(RunReport):
     """A report on the sums of one configuration."""
 

@@ -15,6 +15,7 @@ from eplb_analyze.distinct import distinct
 from eplb_analyze.reader.lost import LostRank, full, ranks_lost_at, reduced, serving_ranks
 from eplb_analyze.sessions.discovery import Session
 from eplb_analyze.sessions.segments import Segment
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import Int64, Shape, StepRows
 from eplb_dump.format.schema import DURATIONS, Scope, Status
 
@@ -63,7 +64,7 @@ class StepState(enum.IntEnum):
         return self.name.lower()
 
 
-@dataclass(frozen=True)
+@frozen
 class RankRows:
     """Step rows of one session of one rank.
 
@@ -81,7 +82,7 @@ class RankRows:
     clock_offset_ns: int
 
 
-@dataclass(frozen=True)
+@frozen
 class Source:
     """A segment of a block, with its rank and session."""
 

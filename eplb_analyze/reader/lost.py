@@ -7,7 +7,6 @@ engine sends no token to the slots of a rank that it gave up, but many to one th
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -15,6 +14,7 @@ from eplb_analyze.distinct import distinct
 from eplb_analyze.sessions.discovery import Session
 from eplb_analyze.sessions.segments import Segment
 from eplb_analyze.sessions.step_range import NO_END, StepRange
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import Int64, Shape, rank_loads
 from eplb_dump.format.schema import Scope, Status
 
@@ -22,7 +22,7 @@ from eplb_dump.format.schema import Scope, Status
 MIN_TOKENS = 100
 
 
-@dataclass(frozen=True)
+@frozen
 class LostRank:
     """A rank that serves no more, and the steps without it; they end if it comes back."""
 
@@ -41,7 +41,7 @@ class LostRank:
         return {"rank": self.rank, **steps, "unix_ns": self.time_ns}
 
 
-@dataclass(frozen=True)
+@frozen
 class ReducedShape(Shape):
     """The shape of loads of an engine that lost ranks; their numbers and slots stay, without any token."""
 

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import datetime
 import re
-from dataclasses import dataclass
 
 from eplb_analyze.errors import UsageError
 from eplb_analyze.reader.clock import RunClock
 from eplb_analyze.text import SECOND_NS, local_time
+from eplb_dump.format.frozen import frozen
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _BACK = re.compile(r"-((?:[0-9]{1,9}(?:\.[0-9]{1,9})?[smhd])+)")
@@ -30,7 +30,7 @@ _YEARS = range(1970, 2200)
 FORMS = "03:12, 03:12:30, 2026-11-26T03:12:30+01:00 or, before the run's end, -10m"
 
 
-@dataclass(frozen=True)
+@frozen
 class Moment:
     """A moment as it was written.
 

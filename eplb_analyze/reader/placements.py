@@ -24,6 +24,7 @@ from eplb_analyze.sessions.parquet_segment import ParquetSegment
 from eplb_analyze.sessions.segments import Segment
 from eplb_analyze.sessions.step_range import NO_END, StepRange
 from eplb_analyze.storage.path import requests_at_once
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import Int32, Int64
 from eplb_dump.format.manifest import ExpertSums
 from eplb_dump.format.schema import EMPTY_SLOT, Status, Tier
@@ -90,7 +91,7 @@ class LayerHistory:
                     yield slice(low, high), self.at(int(steps[low]))
 
 
-@dataclass(frozen=True)
+@frozen
 class Rearrangement:
     """A change of placement: the first and last step at which a layer changed, and the layers.
 

@@ -11,6 +11,7 @@ import numpy as np
 from eplb_analyze.metrics.formulas import Float64, sglang
 from eplb_analyze.reader.run import Run
 from eplb_analyze.text import plural
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import Int64, Shape
 
 
@@ -51,7 +52,7 @@ CONDITIONS = ("max_utilization", "min_balancedness", "layers_per_step", "delay",
 NO_CONDITIONS = (None, None, None, 0, None)
 
 
-@dataclass(frozen=True)
+@frozen
 class Recorded:
     """The setting that a run was recorded under, as far as it is known; None: not known."""
 

@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.session import SessionInfo
 
 #: Without anything stated, single layers that change at most this many steps apart belong together.
 FALLBACK_GAP = 64
 
 
-@dataclass(frozen=True)
+@frozen
 class Change:
     """A layer's placement changes at a step."""
 
@@ -32,7 +32,7 @@ class Change:
     slots: int | None
 
 
-@dataclass(frozen=True)
+@frozen
 class Rhythm:
     """What an engine states about its rearrangements; None: it does not say.
 

@@ -36,6 +36,7 @@ from eplb_analyze.sessions.parquet_segment import NO_TURN, ROWS_BYTES, ParquetSe
 from eplb_analyze.sessions.segments import Segment
 from eplb_analyze.sessions.step_range import StepRange
 from eplb_analyze.storage.path import requests_at_once
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import Int64, Shape
 from eplb_dump.format.minutes import MINUTE_NS, NO_CUTS, Array, Minutes, top_slots
 from eplb_dump.format.schema import STATUS_LABELS, Scope, Status, Tier
@@ -80,7 +81,7 @@ class RankSteps(NamedTuple):
         return RankSteps(min(self.first, other.first), max(self.last, other.last), self.rows + other.rows)
 
 
-@dataclass(frozen=True)
+@frozen
 class RunMinutes:
     """Rows of the run, of one shape. With scope ``local`` a row is of all phases.
 
@@ -108,7 +109,7 @@ class MinuteSums(Protocol):
 S = TypeVar("S", bound=MinuteSums)
 
 
-@dataclass(frozen=True)
+@frozen
 class Kept:
     """What is kept of a run, by the times of its steps, ns since 1970; None: no part of it.
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from eplb_analyze.errors import DumpError, Finding
 from eplb_analyze.sessions.discovery import Session
 from eplb_analyze.storage.path import StoragePath
 from eplb_analyze.text import plural
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import Shape
 from eplb_dump.format.schema import FORMAT_NAME, Scope
 from eplb_dump.format.session import Origin
 
 
-@dataclass(frozen=True)
+@frozen
 class RunInfo:
     """What a run is, by its sessions' metadata and the shapes that were recorded."""
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +18,7 @@ from eplb_analyze.sessions.discovery import RETIRED, Session
 from eplb_analyze.sessions.parquet_segment import ParquetSegment
 from eplb_analyze.sessions.step_range import NO_END, StepRange
 from eplb_analyze.text import iso, listed
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import Int64
 from eplb_dump.format.schema import Scope, Tier
 
@@ -26,7 +26,7 @@ _TIERS = Tier.FULL, Tier.RANKS, Tier.MINUTES, Tier.GONE
 _LATEST = np.iinfo(np.int64).max
 
 
-@dataclass(frozen=True)
+@frozen
 class TierRange:
     """Consecutive steps of which the same is kept, and less than everything.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Literal
 
 from eplb_analyze.analysis.milliseconds import Milliseconds
@@ -13,6 +13,7 @@ from eplb_analyze.metrics.bootstrap import Interval
 from eplb_analyze.reader.recorded_setting import Setting
 from eplb_analyze.replay.changes import Changes
 from eplb_analyze.replay.replay import Links, Replay
+from eplb_dump.format.frozen import frozen
 
 #: A gain below this share of the time is not worth a change.
 MIN_GAIN = 0.02
@@ -22,7 +23,7 @@ Verdict = Literal["leave", "enable", "retune", "fix", "not enough data"]
 CHANGES = ("enable", "retune")
 
 
-@dataclass(frozen=True)
+@frozen
 class ScoredSteps:
     """The steps scored in one part of the run."""
 
@@ -31,7 +32,7 @@ class ScoredSteps:
     steps: int
 
 
-@dataclass(frozen=True)
+@frozen
 class Price:
     """What a setting costs, at the rate of the whole run."""
 
@@ -49,7 +50,7 @@ class Price:
     redundant_gb_per_gpu: float | None
 
 
-@dataclass(frozen=True)
+@frozen
 class Judged:
     """A setting in the judged part of the run; ``setting`` is None for the recorded placements."""
 
@@ -77,7 +78,7 @@ class Judged:
     engine_arguments: str | None = None
 
 
-@dataclass(frozen=True)
+@frozen
 class Advice(RunReport):
     """``gain`` is the share of today's time that ``best`` saves in the judged part.
 

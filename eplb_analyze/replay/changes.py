@@ -9,7 +9,7 @@ training part.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 from eplb_analyze.analysis.milliseconds import Milliseconds
@@ -23,6 +23,7 @@ from eplb_analyze.replay.replay import Outcome, Replay
 from eplb_analyze.replay.scores import TODAY
 from eplb_analyze.replay.settings import FIXED, STATIC, usual_interval
 from eplb_analyze.text import reaches_0
+from eplb_dump.format.frozen import frozen
 
 #: A gain beyond doubt is larger than so many standard errors (by chance in 1 of 2,000 cases).
 SURE = 3.3
@@ -44,7 +45,7 @@ Result = Literal[
 ]
 
 
-@dataclass(frozen=True)
+@frozen
 class Change:
     """A setting that differs from the base in at most one part.
 
@@ -77,7 +78,7 @@ class Change:
     gb_per_gpu: float | None
 
 
-@dataclass(frozen=True)
+@frozen
 class Changes:
     """``basis``: what time is assumed to be; by ``tokens`` and ``active`` a step gains less than that."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from eplb_analyze.reader.recorded_setting import Recorded
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.run_info import uneven_nodes
 from eplb_analyze.text import plural
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import Int32, Int64, Shape
 
 #: Groups are seen in placements only if at least so many binary choices of a node agree with them: an expert
@@ -34,7 +35,7 @@ UNKNOWN_GROUPS = (
 )
 
 
-@dataclass(frozen=True)
+@frozen
 class Grouping:
     """What policies are given."""
 

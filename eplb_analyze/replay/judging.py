@@ -6,7 +6,6 @@ The settings that differ in more than a number come as alternatives, the best of
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -21,6 +20,7 @@ from eplb_analyze.replay.replay import Outcome, Replay
 from eplb_analyze.replay.scores import TODAY
 from eplb_analyze.replay.setting_run import Move
 from eplb_analyze.replay.settings import FIXED, STATIC, usual_interval
+from eplb_dump.format.frozen import frozen
 
 #: The share of the steps on which a setting is chosen.
 TRAINING = 0.6
@@ -32,7 +32,7 @@ LIMITS = ("max_utilization", "min_balancedness", "max_moves")
 ALTERNATIVES = 2
 
 
-@dataclass(frozen=True)
+@frozen
 class Saved:
     """What a setting saves beside another one, or today's placements, in a part of the run."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -22,6 +21,7 @@ from eplb_analyze.reader.placements import Rearrangement
 from eplb_analyze.reader.run import Run
 from eplb_analyze.replay.scores import ALL, TODAY, Line, Scores
 from eplb_analyze.replay.setting_run import Move
+from eplb_dump.format.frozen import frozen
 
 #: If no pause was measured, and none is given, a rearrangement is assumed to take so long, ms: synchronous
 #: engines take from a tenth of a second to several seconds.
@@ -51,7 +51,7 @@ def effort(scores: Scores, objective: Objective, cross_node_weight: float | None
     return scores.maximum + (cross_node_weight or 0.0) * crossing
 
 
-@dataclass(frozen=True)
+@frozen
 class Pause:
     """What a rearrangement costs: ``ms`` each, or for each expert weight that its busiest rank fetches.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -39,6 +39,7 @@ from eplb_analyze.replay.sharing import BOUND, check_objective, check_policies
 from eplb_analyze.replay.simulator import NotReplayableError, Simulation
 from eplb_analyze.sessions.step_range import StepRange
 from eplb_analyze.text import listed, plural
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import Int32, Shape
 
 #: If the least number of groups that the placements show does not reproduce them, so many more are tried.
@@ -47,7 +48,7 @@ FINER_TRIED = 3
 LINKS = 5
 
 
-@dataclass(frozen=True)
+@frozen
 class ReplayedSteps:
     """The steps of one shape over which settings are replayed."""
 
@@ -113,7 +114,7 @@ def last_steps(run: Run, steps: tuple[int, int] | None = None) -> ReplayedSteps:
     )
 
 
-@dataclass(frozen=True)
+@frozen
 class Outcome:
     """The figures of one setting. Shares and seconds are by tokens, only ``ms_per_step`` by measured time."""
 
@@ -178,7 +179,7 @@ def _stated(setting: Setting | Recorded | None) -> dict[str, Any]:
     return {name: getattr(setting, name, None) for name in names}
 
 
-@dataclass(frozen=True)
+@frozen
 class Links:
     """The links between two ranks, and between two nodes, with most tokens."""
 
@@ -188,7 +189,7 @@ class Links:
     nodes: list[Pair] | None
 
 
-@dataclass(frozen=True)
+@frozen
 class Replay(RunReport):
     """``outcomes`` are sorted, the best first; ``rows`` are their rows in ``scores``."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from eplb_analyze.dispatch.named import MEASURED
 from eplb_analyze.reader.recorded_setting import Recorded, Setting, first_rearrangement
@@ -23,6 +23,7 @@ from eplb_analyze.replay.settings import (
     usual_intervals,
     usual_windows,
 )
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.schema import MAX_EXPERTS
 
 #: Asynchronous engines change this many layers in a step; SGLang's chunks are a quarter of the layers.
@@ -31,7 +32,7 @@ LAYERS_PER_STEP, CHUNKS = 1, 4
 MORE = (1, 2)
 
 
-@dataclass(frozen=True)
+@frozen
 class Offer:
     """What an engine lets its operator choose, beside redundancy, interval and window."""
 

@@ -7,7 +7,7 @@ another way. What that changes would look like a gain of every setting.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from eplb_analyze.reader.recorded_setting import Recorded
 from eplb_analyze.replay.grouping import Grouping
 from eplb_analyze.replay.simulator import Simulation
 from eplb_analyze.text import figure, plural
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import Int32
 
 #: The share of the time by which a replay of the recorded setting may differ: where windows begin and end
@@ -29,7 +30,7 @@ TOLERANCE = 0.01
 SAME_PLACEMENTS = 0.9
 
 
-@dataclass(frozen=True)
+@frozen
 class SelfTest:
     """The recorded setting replayed, beside the recorded placements, with tokens dealt alike."""
 

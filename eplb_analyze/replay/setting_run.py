@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from eplb_analyze.policies import policy as policies
 from eplb_analyze.policies.policy import Policy, Problem
 from eplb_analyze.reader.recorded_setting import UTILIZATION_STEPS, Setting
 from eplb_analyze.replay.conditions import fetched, in_parts, limited, worst_balancedness
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import Int32, Int64
 
 #: Policies that use only the sum of a window; others, a user's too, also get it in parts.
@@ -29,7 +29,7 @@ Placed = list[tuple[int, Int32]]
 Utilization = Callable[[slice, Int32], Float64]
 
 
-@dataclass(frozen=True)
+@frozen
 class Move:
     """A rearrangement: the step from which it holds, and the expert weights that ranks fetch for it."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from eplb_analyze.errors import UsageError
@@ -19,6 +19,7 @@ from eplb_analyze.reader.recorded_setting import (
 )
 from eplb_analyze.reader.run import Run
 from eplb_analyze.text import plural
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.schema import MAX_EXPERTS
 
 #: The policy that keeps the placement in force.
@@ -79,7 +80,7 @@ def engine_arguments(
     return None
 
 
-@dataclass(frozen=True)
+@frozen
 class Choices:
     """The values to try for each part of a setting, in all combinations; None: those that suit the run."""
 

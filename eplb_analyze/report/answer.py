@@ -6,7 +6,6 @@ Every sentence that both show is composed here, and nowhere else.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from eplb_analyze.analysis.cost import TIMES, PhaseCost, RunCost
@@ -19,6 +18,7 @@ from eplb_analyze.metrics.losses import LEAST_STEPS
 from eplb_analyze.reader.completeness import ABSENT, Completeness
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.text import clean, command_line, duration, figure, listed, milliseconds, percent, plural
+from eplb_dump.format.frozen import frozen
 
 if TYPE_CHECKING:
     from eplb_analyze.analysis.summary_report import Loss, Rollup, Summary
@@ -58,7 +58,7 @@ def _percent(value: float | None, digits: int = 1) -> str:
     return percent(value, digits).replace(" ", "")
 
 
-@dataclass(frozen=True)
+@frozen
 class Told:
     """One incident in words: when and where, then ``(name, text)`` of its cause, cost, end, next command."""
 
@@ -66,7 +66,7 @@ class Told:
     parts: list[tuple[str, str]]
 
 
-@dataclass(frozen=True)
+@frozen
 class Answer:
     """What a person reads first."""
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +40,7 @@ from eplb_analyze.report import answer, sentences
 from eplb_analyze.report.bins import LoadBins, bins_that_fit
 from eplb_analyze.text import clean
 from eplb_dump.format import __version__
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.schema import model_slug
 
 HIDDEN = "(hidden)"
@@ -69,7 +69,7 @@ NAMELESS = frozenset(
 )
 
 
-@dataclass(frozen=True)
+@frozen
 class ReportDocument:
     """The document, of which steps it is, and in how many bins of time."""
 

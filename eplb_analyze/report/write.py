@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from eplb_analyze.atomic import new_file, require_free
@@ -11,9 +10,10 @@ from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.run import Run
 from eplb_analyze.report.document import report_document
 from eplb_analyze.report.page import page
+from eplb_dump.format.frozen import frozen
 
 
-@dataclass(frozen=True)
+@frozen
 class WrittenReport(RunReport):
     """What was written."""
 

@@ -10,7 +10,7 @@ import os
 import zlib
 from collections import defaultdict
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from eplb_analyze.sessions.segments import DamagedSegmentError, exhausted, requi
 from eplb_analyze.storage import path as places
 from eplb_analyze.storage.path import StoragePath
 from eplb_dump.format import frames
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import Shape
 from eplb_dump.format.manifest import Manifest, SealedFile, SealedSegment, Thinned
 from eplb_dump.format.schema import (
@@ -62,7 +63,7 @@ class _DamagedError(FormatError):
     """A ``session.json`` with other bytes than its writer wrote."""
 
 
-@dataclass(frozen=True)
+@frozen
 class FoundInfo:
     """What is known of a session: its metadata, why ``session.json`` cannot be read, or neither."""
 

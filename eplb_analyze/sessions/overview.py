@@ -16,13 +16,14 @@ from eplb_analyze.sessions.segments import exhausted, require_regular
 from eplb_analyze.storage import path as places
 from eplb_analyze.storage.path import StoragePath
 from eplb_dump.format import frames
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import StepRows, session_of, step_rows
 from eplb_dump.format.manifest import Manifest
 from eplb_dump.format.schema import JOURNAL_PATTERN, MANIFEST_FILE, SEGMENT_PATTERN, FormatError, Tier
 from eplb_dump.format.session import SessionInfo
 
 
-@dataclass(frozen=True)
+@frozen
 class SegmentOverview:
     """A segment's steps; sealed or open."""
 

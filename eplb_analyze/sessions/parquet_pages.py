@@ -8,9 +8,9 @@ thrift-compact-protocol.md.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.schema import FormatError
 
 #: Bytes read at first to find a header, and more than any header has, which may hold two values of its page.
@@ -40,7 +40,7 @@ _TRUE, _FALSE, _BYTE, _I16, _I32, _I64, _DOUBLE, _BINARY, _LIST, _SET, _STRUCT =
 )
 
 
-@dataclass(frozen=True)
+@frozen
 class Page:
     """A page, as its header describes it."""
 

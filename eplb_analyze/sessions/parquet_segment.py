@@ -12,7 +12,6 @@ import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from eplb_analyze.storage import bucket
 from eplb_analyze.storage import path as places
 from eplb_analyze.storage.path import StoragePath
 from eplb_dump.format.columns import values_of
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import (
     Float32,
     Int64,
@@ -506,7 +506,7 @@ class ParquetSegment:
             return PlacementRows(_steps(table.column("step").combine_chunks()), layers, ep_size, slots)
 
 
-@dataclass(frozen=True)
+@frozen
 class _TableFile:
     """The open file of a table; ``read_at`` is None if its pages are not checked."""
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 from eplb_analyze.storage.path import StoragePath
 from eplb_analyze.text import listed
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.session import SessionInfo
 from eplb_dump.format.start import StartIdentity
 
@@ -24,7 +24,7 @@ Found = tuple[StoragePath, SessionInfo]
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+@frozen
 class Span:
     """The beginning and end of a session, in ns: since 1970, and by its machine's monotonic clock."""
 
@@ -37,7 +37,7 @@ class Span:
     steps_monotonic_ns: tuple[int, int]
 
 
-@dataclass(frozen=True)
+@frozen
 class MixedStarts:
     """Why sessions under one run id cannot be separated."""
 

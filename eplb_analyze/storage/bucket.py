@@ -9,12 +9,12 @@ import stat
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol
 from urllib.parse import urlencode
 
 from eplb_analyze.errors import DumpError
+from eplb_dump.format.frozen import frozen
 
 #: Options of an address after its ``?``, by scheme.
 OPTIONS = {
@@ -209,7 +209,7 @@ class _Ranges(io.RawIOBase):
         return len(data)
 
 
-@dataclass(frozen=True)
+@frozen
 class _Listed:
     """A folder or an object of a bucket, as it was listed."""
 

@@ -15,13 +15,13 @@ import re
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol, TypeVar
 from urllib.parse import parse_qsl
 
 from eplb_analyze.errors import UsageError
 from eplb_analyze.storage.bucket import OPTIONS, Bucket, Entry, Remote
+from eplb_dump.format.frozen import frozen
 
 #: Concurrent requests, which mostly wait for the network.
 MAX_REQUESTS = 8
@@ -140,7 +140,7 @@ def entries(folder: StoragePath, only: str | None = None) -> Sequence[Entry]:
         return sorted(found, key=lambda entry: entry.name)
 
 
-@dataclass(frozen=True)
+@frozen
 class _LocalEntry:
     """One entry of a local folder, which was not listed: that takes as long as the folder has entries."""
 

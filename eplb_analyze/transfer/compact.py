@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -36,6 +36,7 @@ from eplb_analyze.sessions.step_range import NO_END
 from eplb_analyze.storage import path
 from eplb_analyze.storage.path import StoragePath
 from eplb_analyze.text import listed, plural
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import Int32, Int64, Loads, PlacementRows, Shape, StepRows
 from eplb_dump.format.manifest import ManifestFile, close_manifest
 from eplb_dump.format.notable import Notable
@@ -59,7 +60,7 @@ SEGMENT_BYTES = 128 << 20
 SEGMENT_NS = 900 * 10**9
 
 
-@dataclass(frozen=True)
+@frozen
 class Side:
     """The size of a run on the disk, before or after."""
 
@@ -71,7 +72,7 @@ class Side:
     summary_seconds: float
 
 
-@dataclass(frozen=True)
+@frozen
 class CompactReport(Report):
     """The new run beside the old one."""
 
@@ -220,7 +221,7 @@ def _side(run: Run) -> Side:
 # ---- reading
 
 
-@dataclass(frozen=True)
+@frozen
 class _Part:
     """Steps ``low`` to ``high - 1`` of a block, by index."""
 

@@ -30,6 +30,7 @@ from eplb_analyze.storage.path import StoragePath
 from eplb_analyze.text import plural
 from eplb_analyze.transfer.copy_target import DamagedManifestError, Target, sound_manifest
 from eplb_dump.format import frames
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import JournalSegment, UnbegunJournal
 from eplb_dump.format.manifest import Manifest, SealedSegment
 from eplb_dump.format.schema import (
@@ -48,7 +49,7 @@ from eplb_dump.format.session import SessionInfo, dump_json
 MAX_LOOKS = 5
 
 
-@dataclass(frozen=True)
+@frozen
 class CopyReport(Report):
     """What was copied."""
 

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,6 +25,7 @@ from eplb_analyze.sessions.segments import read_manifest
 from eplb_analyze.storage.path import StoragePath, local
 from eplb_dump.format.files import publish, remove, temporary
 from eplb_dump.format.frames import encode
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import JournalSegment, UnbegunJournal, lock
 from eplb_dump.format.manifest import Manifest, ManifestFile, SealedSegment
 from eplb_dump.format.retention import remove_leftovers
@@ -36,7 +37,7 @@ from eplb_dump.format.session import SessionInfo, write_session_file
 QUIET_SECONDS = 600.0
 
 
-@dataclass(frozen=True)
+@frozen
 class SealedJournal:
     journal: str
     #: The number of the segment.
@@ -49,7 +50,7 @@ class SealedJournal:
     sealed_bytes: int
 
 
-@dataclass(frozen=True)
+@frozen
 class SkippedJournal:
     journal: str
     #: ``in_use``, ``damaged`` or ``failed``.
@@ -57,7 +58,7 @@ class SkippedJournal:
     reason: str
 
 
-@dataclass(frozen=True)
+@frozen
 class RecoverReport(Report):
     #: Journals that became Parquet files.
     sealed: list[SealedJournal] = field(default_factory=list)

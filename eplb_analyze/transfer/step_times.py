@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +23,7 @@ from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.run import Run
 from eplb_analyze.text import plural
 from eplb_analyze.transfer.importers.timings import TABLE, Series, read_series
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import Int64
 
 Float64 = npt.NDArray[np.float64]
@@ -75,7 +75,7 @@ def read_step_times(run: Run, path: Path) -> StepTimes:
     return StepTimes(step, ms, "engine", note)
 
 
-@dataclass(frozen=True)
+@frozen
 class _Recorded:
     """What a recording knows about its steps.
 

@@ -9,9 +9,10 @@ import logging
 import os
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
+
+from eplb_dump.format.frozen import frozen
 
 if TYPE_CHECKING:
     from eplb_dump.writer import ExpertLoadWriter
@@ -33,7 +34,7 @@ def warn_once(logger: logging.Logger, text: str) -> None:
         logger.warning("%s", text)
 
 
-@dataclass(frozen=True)
+@frozen
 class Settings:
     """The settings in the environment variables."""
 

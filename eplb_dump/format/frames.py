@@ -21,12 +21,12 @@ import json
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.schema import FormatError
 
 MAGIC = b"EPLF"
@@ -51,7 +51,7 @@ class NamedFile(Protocol):
     def open(self, mode: Literal["rb"], /) -> BinaryIO: ...
 
 
-@dataclass(frozen=True)
+@frozen
 class Frame:
     """One complete, verified frame and its position in the file."""
 
@@ -64,7 +64,7 @@ class Frame:
     end: int
 
 
-@dataclass(frozen=True)
+@frozen
 class Tail:
     """Where the valid prefix of a file of frames ends, and why."""
 

@@ -13,7 +13,6 @@ import os
 import time
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,6 +21,7 @@ import numpy.typing as npt
 
 from eplb_dump.format import frames
 from eplb_dump.format.files import discard
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.schema import (
     DURATIONS,
     EMPTY_SLOT,
@@ -66,7 +66,7 @@ def _joined(parts: Sequence[npt.NDArray[Any]], dtype: npt.DTypeLike) -> npt.NDAr
     return np.concatenate(parts) if parts else np.empty(0, dtype)
 
 
-@dataclass(frozen=True)
+@frozen
 class Shape:
     """The shape of the loads in one segment; when it changes, a new segment begins."""
 
@@ -88,7 +88,7 @@ class Shape:
         )
 
 
-@dataclass(frozen=True)
+@frozen
 class StepRows:
     """Rows of the ``steps`` table as arrays of one length n.
 
@@ -145,7 +145,7 @@ class StepRows:
         )
 
 
-@dataclass(frozen=True)
+@frozen
 class PlacementRows:
     """Rows of the ``placements`` table: n changed layers, each with the experts in its slots."""
 
@@ -254,7 +254,7 @@ def closed_frame(stats: dict[str, Any]) -> bytes:
     return frames.encode("closed", {"closed_unix_ns": time.time_ns(), "stats": stats})
 
 
-@dataclass(frozen=True)
+@frozen
 class _LoadFrame:
     step: Int64
     offset: int

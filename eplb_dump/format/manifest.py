@@ -11,6 +11,7 @@ import numpy as np
 
 from eplb_dump.format import frames
 from eplb_dump.format.files import fsync_folder, replace_file
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import Int32, Int64, Shape, closed_frame
 from eplb_dump.format.schema import (
     MANIFEST_FILE,
@@ -23,7 +24,7 @@ from eplb_dump.format.schema import (
 from eplb_dump.format.session import SessionInfo
 
 
-@dataclass(frozen=True)
+@frozen
 class SealedFile:
     """One table's file of a sealed segment. The Parquet footer has no checksum of its own."""
 
@@ -33,7 +34,7 @@ class SealedFile:
     footer_crc32: int
 
 
-@dataclass(frozen=True)
+@frozen
 class ExpertSums:
     """Each slot's tokens summed over steps, for readers that need no more than that of ``loads``.
 
@@ -74,7 +75,7 @@ class ExpertSums:
         raise FormatError("its sums for a sealed segment contradict the segment's shape")
 
 
-@dataclass(frozen=True)
+@frozen
 class StoredSums:
     """Where a manifest has the sums of a segment. Those of a long run would take hundreds of megabytes."""
 
@@ -97,7 +98,7 @@ class StoredSums:
         return sums
 
 
-@dataclass(frozen=True)
+@frozen
 class Thinned:
     """What became of a segment, or of several consecutive ones, of which not everything is kept.
 
@@ -115,7 +116,7 @@ class Thinned:
     reason: str
 
 
-@dataclass(frozen=True)
+@frozen
 class SealedSegment:
     """The manifest's entry of one sealed segment, or of several that were thinned together."""
 

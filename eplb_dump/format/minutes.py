@@ -9,7 +9,6 @@ formulas.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from eplb_dump.format.columns import list_column, list_values, number_column, text_column, values_of
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import Int64, Loads, PlacementRows, Shape, StepRows, phase_codes, sums_from
 from eplb_dump.format.schema import (
     MAX_NUMBER,
@@ -43,7 +43,7 @@ _VALUES_AT_ONCE = 1 << 19
 _LISTS = {field.name: field.type.value_type for field in MINUTES_SCHEMA if pa.types.is_list(field.type)}
 
 
-@dataclass(frozen=True)
+@frozen
 class Scale:
     """The bins of a histogram: bin i holds values from ``edges[i]`` to below ``edges[i + 1]``.
 
@@ -70,7 +70,7 @@ SCALES = {
 }
 
 
-@dataclass(frozen=True)
+@frozen
 class Minutes:
     """Rows of the table ``minutes`` as arrays, by the names of its columns; lists are ``[rows, width]``.
 

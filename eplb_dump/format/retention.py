@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from eplb_dump.format.columns import number_column, values_of
 from eplb_dump.format.files import discard, publish, remove, temporary
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import Int64
 from eplb_dump.format.manifest import Manifest, ManifestFile, SealedSegment, Thinned, rewrite_manifest
 from eplb_dump.format.minutes import NO_CUTS, Minutes
@@ -58,7 +59,7 @@ _MERGED_SHARE = 0.10
 _WORTH_REWRITING = 256 << 10
 
 
-@dataclass(frozen=True)
+@frozen
 class Thinning:
     """What to do next: bring the segments of these entries, by their ``seq``, to a tier.
 

@@ -6,11 +6,12 @@ import dataclasses
 import json
 import re
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
 from eplb_dump.format.files import fsync_file, fsync_folders, replace_file
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.schema import (
     FORMAT_NAME,
     FORMAT_VERSION,
@@ -46,7 +47,7 @@ def sync_session_file(folder: Path) -> None:
     fsync_folders(folder)
 
 
-@dataclass(frozen=True)
+@frozen
 class SourceFile:
     """A file that was imported."""
 
@@ -54,7 +55,7 @@ class SourceFile:
     bytes: int
 
 
-@dataclass(frozen=True)
+@frozen
 class Origin:
     """The source of an imported session; ``origin`` in the metadata.
 
@@ -84,7 +85,7 @@ class Origin:
             raise FormatError(f"its session metadata has a damaged origin ({error})") from None
 
 
-@dataclass(frozen=True)
+@frozen
 class SessionInfo:
     """Metadata of one session: the content of ``session.json``, repeated in every file.
 

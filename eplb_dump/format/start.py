@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.schema import MAX_NUMBER, FormatError
 
 _LOOPBACK = ("localhost", "127.", "::1", "0.0.0.0")
 
 
-@dataclass(frozen=True)
+@frozen
 class Start:
     """The process that wrote a session, its parent and its machine; ``start`` in the metadata.
 
@@ -50,7 +50,7 @@ class Start:
         return start
 
 
-@dataclass(frozen=True)
+@frozen
 class StartIdentity:
     """All that identifies the start of a session; sessions with equal ones are of one start."""
 

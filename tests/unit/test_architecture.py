@@ -14,8 +14,8 @@ from helpers import ROOT
 
 #: A package or module imports only from rows above it. Those in one row do not import each other.
 ROWS = [
+    {"eplb_dump.format"},
     {
-        "eplb_dump.format",
         "eplb_analyze.distinct",
         "eplb_analyze.errors",
         "eplb_analyze.json_report",

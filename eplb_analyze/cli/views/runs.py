@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING
 
 from eplb_analyze.cli.console import full_command, print_heading, print_line
 from eplb_analyze.text import clean, duration, listed, plural
+from eplb_dump.format.frozen import frozen
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,7 +20,7 @@ MAX_FAULTS = 10
 GAP = "  "
 
 
-@dataclass(frozen=True)
+@frozen
 class _Column:
     name: str
     text: Callable[[RunLine], str]

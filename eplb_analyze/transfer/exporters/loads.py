@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,6 +27,7 @@ from eplb_analyze.reader.readings import Reading
 from eplb_analyze.reader.run import Run
 from eplb_analyze.sessions.step_range import StepRange
 from eplb_analyze.text import listed
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import Int64, Shape
 
 #: Codes of what the source of an imported run may leave unknown about placements.
@@ -38,7 +38,7 @@ METADATA_KEY = b"eplb_analyze"
 BATCH_ROWS = 1 << 20
 
 
-@dataclass(frozen=True)
+@frozen
 class LoadExport(RunReport):
     """What was written."""
 

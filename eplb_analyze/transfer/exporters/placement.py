@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from eplb_analyze.errors import UsageError
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import Int32
 from eplb_dump.format.schema import EMPTY_SLOT
 
 
-@dataclass(frozen=True)
+@frozen
 class Placement:
     """Which logical expert each slot holds, for all layers of a file.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,12 @@ from eplb_analyze.text import plural
 from eplb_analyze.transfer.exporters import engines, vllm_ascend
 from eplb_analyze.transfer.exporters.loads import PLACEMENTS, logical_loads
 from eplb_analyze.transfer.exporters.placement import Placement
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import Int32, Int64, Shape
 from eplb_dump.format.schema import MAX_EXPERTS, MAX_LAYERS
 
 
-@dataclass(frozen=True)
+@frozen
 class Origin(RunReport):
     """Where a placement comes from: recorded at ``step``, or made by ``policy`` from a window's loads."""
 
@@ -42,7 +43,7 @@ class Origin(RunReport):
     num_groups: int | None = None
 
 
-@dataclass(frozen=True)
+@frozen
 class SourcePlacement:
     """A placement of the run's layers, before it is adapted to a format."""
 
@@ -54,7 +55,7 @@ class SourcePlacement:
     notes: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
+@frozen
 class PlacementExport(Report):
     """What was written."""
 

@@ -49,6 +49,7 @@ from eplb_analyze.transfer.exporters.trace_tracks import (
     durations,
     step_args,
 )
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import Int64
 from eplb_dump.format.schema import Scope
 
@@ -60,7 +61,7 @@ CLOCKS_DIFFER_NS = 10**7
 SET_STEPS = 4
 
 
-@dataclass(frozen=True)
+@frozen
 class TraceExport(RunReport):
     """What was written."""
 

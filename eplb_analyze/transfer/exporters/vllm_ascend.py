@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,12 +18,13 @@ import numpy.typing as npt
 
 from eplb_analyze.errors import UsageError
 from eplb_analyze.transfer.exporters.placement import Placement, require_loadable
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import Int32
 
 Float64 = npt.NDArray[np.float64]
 
 
-@dataclass(frozen=True)
+@frozen
 class Repair:
     """What was changed so that no device has two replicas of an expert."""
 

@@ -10,7 +10,6 @@ import csv
 import itertools
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ from eplb_analyze.transfer.importers.files import (
 )
 from eplb_analyze.transfer.importers.source import Chunk, Options, Reading, count_experts, ordered_rows
 from eplb_analyze.transfer.importers.step_columns import StepColumns
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import Int32
 from eplb_dump.format.schema import MAX_EXPERTS, MAX_LAYERS, Scope
 
@@ -48,7 +48,7 @@ LOGICAL, PHYSICAL = "logical_expert_load", "physical_expert_load"
 CHUNK = 256
 
 
-@dataclass(frozen=True)
+@frozen
 class _Rows:
     """The counts of one file, one row per step."""
 

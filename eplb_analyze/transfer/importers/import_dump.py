@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from eplb_analyze.errors import DumpError, UsageError
@@ -11,12 +10,13 @@ from eplb_analyze.transfer.importers.detect import READERS, detect
 from eplb_analyze.transfer.importers.plan import make_plan
 from eplb_analyze.transfer.importers.source import Options
 from eplb_analyze.transfer.importers.write import write
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.schema import MAX_EXPERTS
 
 __all__ = ["ImportReport", "Options", "import_dump"]
 
 
-@dataclass(frozen=True)
+@frozen
 class ImportReport(Report):
     """What was imported, and what is unknown about it."""
 

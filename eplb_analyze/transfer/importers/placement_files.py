@@ -6,7 +6,7 @@ maps, vllm-ascend's expert map, and a plain ``[layers, slots]`` (.npy, .json).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from eplb_analyze.transfer.importers.files import (
     regular,
 )
 from eplb_analyze.transfer.importers.source import plain_int
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import Int32
 from eplb_dump.format.schema import EMPTY_SLOT, MAX_EXPERTS, MAX_LAYERS
 
@@ -31,7 +32,7 @@ MAP = "physical_to_logical_map"
 MAX_DEPTH = 32
 
 
-@dataclass(frozen=True)
+@frozen
 class PlacementFile:
     """``slots``: int32 ``[layers, num_physical_experts]``; ``numbers``: of the layers, if known."""
 

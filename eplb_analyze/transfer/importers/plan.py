@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from eplb_analyze.transfer.importers.source import (
     count_experts,
     whole_counts,
 )
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import Int32, Loads
 from eplb_dump.format.schema import EMPTY_SLOT, MAX_EXPERTS, Scope
 
@@ -35,7 +36,7 @@ EXAMPLE = (
 )
 
 
-@dataclass(frozen=True)
+@frozen
 class Plan:
     """What to write. Everything is known, or stated as unknown."""
 

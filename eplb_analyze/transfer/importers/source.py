@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import Float32, Int32, Int64, Loads
 from eplb_dump.format.schema import EMPTY_SLOT, MAX_LOAD, Scope
 
@@ -24,7 +25,7 @@ LAST, UNKNOWN = "last", "unknown"
 UNKNOWN_ROW = EMPTY_SLOT - 1
 
 
-@dataclass(frozen=True)
+@frozen
 class Options:
     """What a user says about a source. None: not given."""
 
@@ -52,7 +53,7 @@ class Options:
     step_per: str | None = None
 
 
-@dataclass(frozen=True)
+@frozen
 class Chunk:
     """Some steps of one rank, all with one placement and shape.
 

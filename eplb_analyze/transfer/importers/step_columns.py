@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ import numpy as np
 from eplb_analyze.errors import DumpError
 from eplb_analyze.transfer.importers.files import Array, npz_shapes, read_npz
 from eplb_analyze.transfer.importers.source import Chunk
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import Float32, Int32, Int64, impossible_ms
 from eplb_dump.format.schema import EMPTY_SLOT, MAX_EXPERTS, MAX_NUMBER, MAX_PHASE
 
@@ -20,7 +20,7 @@ NAMES = "step_ms", "num_tokens", "phase", PLACEMENT
 MAX_PHASES = 256
 
 
-@dataclass(frozen=True)
+@frozen
 class StepColumns:
     """The columns of a file; None if it does not have one."""
 

@@ -31,6 +31,7 @@ import pyarrow.parquet as pq
 
 from eplb_analyze.errors import DumpError
 from eplb_analyze.transfer.importers.files import MAX_RATIO, MAX_TEXT, parse_json, regular
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import Int64
 
 Float64 = npt.NDArray[np.float64]
@@ -62,7 +63,7 @@ FORM = (
 )
 
 
-@dataclass(frozen=True)
+@frozen
 class Series:
     """The times of one engine or rank, in the order of its steps.
 

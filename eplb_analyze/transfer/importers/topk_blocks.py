@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from eplb_analyze.errors import DumpError, UsageError
 from eplb_analyze.sessions.step_range import NO_END
 from eplb_analyze.transfer.importers import table
 from eplb_analyze.transfer.importers.files import Array
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import Int64
 from eplb_dump.format.schema import MAX_LAYERS
 
@@ -32,7 +33,7 @@ BLOCK_IDS = 1 << 21
 MAX_TOP_K = 128
 
 
-@dataclass(frozen=True)
+@frozen
 class Block:
     """Consecutive tokens of a file, with their expert ids in some layers."""
 
@@ -46,7 +47,7 @@ class Block:
     request: Int64 | None = None
 
 
-@dataclass(frozen=True)
+@frozen
 class TokenFile:
     """One file of expert ids, or one for each layer, which can be read more than once."""
 

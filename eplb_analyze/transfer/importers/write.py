@@ -12,7 +12,7 @@ import secrets
 import socket
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from eplb_analyze.errors import DumpError
 from eplb_analyze.transfer.importers.plan import Plan
 from eplb_analyze.transfer.importers.source import UNKNOWN_ROW, Chunk
 from eplb_dump.format import frames, journal
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.journal import Int64, JournalAppender, Shape, StepRows
 from eplb_dump.format.manifest import ManifestFile, close_manifest
 from eplb_dump.format.schema import MAX_NUMBER, Status
@@ -38,7 +39,7 @@ MAX_INTERVAL = 1000
 MAX_FILES = 100
 
 
-@dataclass(frozen=True)
+@frozen
 class Written:
     """The id of a new run, and what it has."""
 

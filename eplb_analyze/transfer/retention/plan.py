@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from eplb_analyze.errors import UsageError
 from eplb_analyze.transfer.retention.sizes import size_at
 from eplb_analyze.transfer.retention.survey import NEWBORN, Piece, SurveyedRun
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.retention import NOTABLE_SHARE, SHARES, TIERS
 from eplb_dump.format.schema import Tier
 
@@ -28,7 +29,7 @@ from eplb_dump.format.schema import Tier
 _CLOCKS_NS = 60 * 10**9
 
 
-@dataclass(frozen=True)
+@frozen
 class Policy:
     """What is kept. Ages in ns, by the time of a step; None: without a limit."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from datetime import datetime, timezone
 from typing import Literal
 
@@ -12,12 +12,13 @@ from eplb_analyze.json_report import Report
 from eplb_analyze.transfer.retention.plan import Policy, RunPlan, is_coarser
 from eplb_analyze.transfer.retention.sizes import size_at
 from eplb_analyze.transfer.retention.survey import Piece, SurveyedSession
+from eplb_dump.format.frozen import frozen
 from eplb_dump.format.schema import Tier
 
 Action = Literal["removed", "thinned", "merged", "failed", "kept"]
 
 
-@dataclass(frozen=True)
+@frozen
 class TierChange:
     """Segments of a run that go from one tier to another."""
 
@@ -37,7 +38,7 @@ class TierChange:
     freed_bytes: int
 
 
-@dataclass(frozen=True)
+@frozen
 class KeptPart:
     """A part of a run that stays as it is, whatever the limits are."""
 
@@ -49,7 +50,7 @@ class KeptPart:
     reason: str
 
 
-@dataclass(frozen=True)
+@frozen
 class PrunedRun(Report):
     """What becomes of one run."""
 
@@ -83,7 +84,7 @@ class PrunedRun(Report):
         return self.merged_bytes is not None
 
 
-@dataclass(frozen=True)
+@frozen
 class PruneReport(Report):
     """What `prune` does, or with `--dry-run` would do."""
 
