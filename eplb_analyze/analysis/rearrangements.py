@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from eplb_analyze.metrics.bootstrap import MIN_STEPS, Interval, Ratio
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.lost import ranks_lost_at, reduced, serving
-from eplb_analyze.reader.placements import Rearrangement, crossings, holdings, spread_evenly
+from eplb_analyze.reader.placements import LayerHistory, Rearrangement, crossings, holdings, spread_evenly
 from eplb_analyze.reader.readings import Reading, read_blocks
 from eplb_analyze.reader.recorded_setting import not_due, overdue
 from eplb_analyze.reader.rolled_up import finest
@@ -359,13 +359,15 @@ def _changes(run: Run, steps: tuple[int, int] | None, window: int) -> list[_Chan
     # Before a layer's first placement nobody knows whose its tokens were.
     known = max((history.steps[0] for history in run.history.layers.values()), default=0)
     lost = run.history.lost
+    layers = [run.history.layer(index) for index in range(run.info.num_layers)]
     for i, this in enumerate(found):
         if low <= this.first_step < high:
             start = max(low, found[i - 1].last_step if i else 0, known if known < this.first_step else 0)
             start = max(start, *(s for s in lost if s < this.first_step), 0)
             following = found[i + 1].first_step if i + 1 < len(found) else high
             end = min(high, following, *(s for s in lost if s > this.last_step))
-            changes.append(_Change(run, this, StepRange(start, end), following == end < high, window))
+            around = StepRange(start, end)
+            changes.append(_Change(run, layers, this, around, following == end < high, window))
     return changes
 
 
@@ -401,13 +403,20 @@ class _Fold:
 class _Change:
     """A rearrangement, the placements around it and its windows."""
 
-    def __init__(self, run: Run, this: Rearrangement, around: StepRange, followed: bool, window: int) -> None:
+    def __init__(
+        self,
+        run: Run,
+        histories: Sequence[LayerHistory],
+        this: Rearrangement,
+        around: StepRange,
+        followed: bool,
+        window: int,
+    ) -> None:
         """``around``: the steps of the placement before, of this change, and of the placement after."""
         self.this, self.end, self.followed = this, around.end, followed
         self.before = StepRange(max(around.first, this.first_step - window), this.first_step)
         self.after = StepRange(this.last_step, min(around.end, this.last_step + window))
         self._run = run
-        histories = [run.history.layer(index) for index in range(run.info.num_layers)]
         # By layer; None if it is not known.
         old = self._old = [history.at(this.first_step - 1) for history in histories]
         new = self._new = [history.at(this.last_step) for history in histories]

@@ -99,13 +99,10 @@ def run_task(task: RunTask) -> RunResult:
         if task.changes is not None:
             return RunResult(verdicts=[change.verdict for change in task.changes])
         run = open_run(target.dump, target.run_id, target.model)
+        if parts := _parts(target, run, uuid.uuid4().hex):
+            return RunResult(parts=parts)
         if from_minutes(run, None):
-            # Sums per minute of a long time take as long as some thousand steps.
             return _judged(_with_row(target, run, None, summarize(run)))
-        ranges = run.parts()
-        if len(ranges) > 1:
-            bins, opening = bins_of(run), uuid.uuid4().hex
-            return RunResult(parts=[RunTask(target, (steps, bins), opening) for steps in ranges])
         sums = _sums_of_all(run)
         return _judged(_with_row(target, run, sums, summary_of(sums, run)))
     except Exception as error:
@@ -121,6 +118,14 @@ def _opened(target: Target, opening: str) -> tuple[Run, tuple[Finding, ...]]:
     """
     run = open_run(target.dump, target.run_id, target.model)
     return run, tuple(run.findings)
+
+
+def _parts(target: Target, run: Run, opening: str) -> list[RunTask]:
+    """The tasks that read the parts of a long run; none if the run is short."""
+    # Sums per minute of a long time take as long as some thousand steps.
+    ranges = [] if from_minutes(run, None) else run.parts()
+    bins = bins_of(run)
+    return [RunTask(target, (steps, bins), opening) for steps in ranges] if len(ranges) > 1 else []
 
 
 def _read_part(whole: Run, steps: StepRange, bins: Bins) -> RunResult:
@@ -209,8 +214,10 @@ def rows_of(
             cache.store(target, result.row, result.summary)
         return result.row, True
 
-    parts: list[RunTask] = []
-    for task, result in results(unread()):
+    tasks = unread()
+    few = [*itertools.islice(tasks, 2)]
+    parts = _parts_of_only(few[0]) if len(few) == 1 else []
+    for task, result in results(itertools.chain(few, tasks)) if not parts else ():
         if result.parts:
             parts += result.parts
         else:
@@ -230,6 +237,14 @@ def rows_of(
         assert result.row is not None
         row = judged.row or with_verdicts(result.row, judged.verdicts)  # the former is broken
         yield finish(target, replace(result, row=row))
+
+
+def _parts_of_only(task: RunTask) -> list[RunTask]:
+    """The parts of a batch's only run if it is long: this process opens it while its workers start."""
+    opening = uuid.uuid4().hex
+    with contextlib.suppress(Exception):  # a worker will state why in the run's row
+        return _parts(task.target, _opened(task.target, opening)[0], opening)
+    return []
 
 
 def _merge(results: Iterator[tuple[RunTask, RunResult]], *, open_ahead: bool = False) -> Iterator[RunTask]:

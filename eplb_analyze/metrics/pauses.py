@@ -100,7 +100,8 @@ def beside(step: Int64, changed: Int64) -> Bool:
 def _residuals(ms: Float64, kind: Int64, usual: Int64) -> Float64:
     """The time beyond the median of usual steps of the same kind; of all if that has few."""
     out = ms - np.median(ms[usual])
-    for each in distinct(kind[usual]).tolist():
+    kinds = distinct(kind[usual]).tolist()
+    for each in kinds if len(kinds) > 1 or (kind != kinds[0]).any() else ():
         same = usual[kind[usual] == each]
         if len(same) >= MIN_STEPS:
             out[kind == each] = ms[kind == each] - np.median(ms[same])

@@ -150,7 +150,7 @@ class PlacementHistory:
         self.rhythm = rhythm or Rhythm()
 
     def layer(self, index: int) -> LayerHistory:
-        return self.layers.get(index, LayerHistory())
+        return self.layers[index] if index in self.layers else LayerHistory()
 
     def num_experts(self, num_logical_experts: int, layers: int) -> Int64:
         """How many logical experts each of the first ``layers`` layers has: int64 ``[layers]``.
