@@ -21,7 +21,7 @@ from eplb_analyze.metrics import bootstrap, formulas
 from eplb_analyze.metrics.bootstrap import MIN_STEPS, Interval, Ratio
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.completeness import Completeness
-from eplb_analyze.reader.lost import ranks_lost_at, reduced, serving
+from eplb_analyze.reader.lost import LostRank, ranks_lost_at, reduced, serving
 from eplb_analyze.reader.placements import LayerHistory, Rearrangement, crossings, holdings, spread_evenly
 from eplb_analyze.reader.readings import Reading, read_blocks
 from eplb_analyze.reader.recorded_setting import not_due, overdue
@@ -359,7 +359,7 @@ def _changes(run: Run, steps: tuple[int, int] | None, window: int) -> list[_Chan
     # Before a layer's first placement nobody knows whose its tokens were.
     known = max((history.steps[0] for history in run.history.layers.values()), default=0)
     lost = run.history.lost
-    layers = [run.history.layer(index) for index in range(run.info.num_layers)]
+    layers, gone = [run.history.layer(index) for index in range(run.info.num_layers)], run.lost_ranks
     for i, this in enumerate(found):
         if low <= this.first_step < high:
             start = max(low, found[i - 1].last_step if i else 0, known if known < this.first_step else 0)
@@ -367,7 +367,7 @@ def _changes(run: Run, steps: tuple[int, int] | None, window: int) -> list[_Chan
             following = found[i + 1].first_step if i + 1 < len(found) else high
             end = min(high, following, *(s for s in lost if s > this.last_step))
             around = StepRange(start, end)
-            changes.append(_Change(run, layers, this, around, following == end < high, window))
+            changes.append(_Change(run, layers, gone, this, around, following == end < high, window))
     return changes
 
 
@@ -407,6 +407,7 @@ class _Change:
         self,
         run: Run,
         histories: Sequence[LayerHistory],
+        lost_ranks: Sequence[LostRank],
         this: Rearrangement,
         around: StepRange,
         followed: bool,
@@ -426,7 +427,7 @@ class _Change:
         ]
         first = next(histories[i] for i in this.layers if old[i] is not None and new[i] is not None)
         sizes = [first.ep_sizes[first.index_at(s)] for s in (this.first_step - 1, this.last_step)]
-        self._lost = [ranks_lost_at(s, run.lost_ranks) for s in (this.first_step - 1, this.last_step)]
+        self._lost = [ranks_lost_at(s, lost_ranks) for s in (this.first_step - 1, this.last_step)]
         self.shapes = [
             reduced(Shape(size, len(histories), len(slots)), gone)
             for size, slots, gone in zip(sizes, self.changed[0], self._lost, strict=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from eplb_dump.format.frozen import frozen
 from eplb_dump.format.session import SessionInfo
@@ -21,8 +21,7 @@ from eplb_dump.format.session import SessionInfo
 FALLBACK_GAP = 64
 
 
-@frozen
-class Change:
+class Change(NamedTuple):
     """A layer's placement changes at a step."""
 
     step: int
