@@ -98,6 +98,7 @@ class Encoder:
                 ep_size = batch[staged[0]].ep_size
                 frames += journal.loads_frame(steps, journal.narrow(chosen, largest), ep_size)
             ring.release(last)
+            ring.fill_memory()
         frames.append(journal.steps_frame(_rows(batch, status, device_ms)))
         return Encoded(frames, status, rejected)
 
