@@ -30,8 +30,9 @@ _memmove = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, 
 _TOUCHED_BYTES = 16 << 20
 #: Linux's MADV_POPULATE_WRITE, since 5.14: give these pages memory, and leave what they hold.
 _POPULATE_WRITE = 23
-#: For so many bytes at a time, so that an engine that maps memory meanwhile waits for less than 1 ms.
-_POPULATED_AT_ONCE = 2 << 20
+#: For so many bytes at a time: an engine that maps memory meanwhile waits for some ms, and the background
+#: thread waits for the interpreter lock after each, up to 5 ms if the engine does not release it.
+_POPULATED_AT_ONCE = 8 << 20
 
 
 class StagingError(ValueError):
