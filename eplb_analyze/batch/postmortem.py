@@ -45,7 +45,7 @@ class RunTask:
     target: Target
     #: A part of a long run: its range of steps, and the bins of the whole run.
     part: tuple[StepRange, Bins] | None = None
-    #: Of a long run: which opening of it found its parts. It may have changed since an earlier batch.
+    #: Which opening of it found its parts, or that it has none. It may have changed since an earlier batch.
     opening: str = ""
     #: The parts of a long run, merged.
     merged: RunResult | None = None
@@ -98,9 +98,12 @@ def run_task(task: RunTask) -> RunResult:
             return _finish(target, task.opening, task.merged)
         if task.changes is not None:
             return RunResult(verdicts=[change.verdict for change in task.changes])
-        run = open_run(target.dump, target.run_id, target.model)
-        if parts := _parts(target, run, uuid.uuid4().hex):
-            return RunResult(parts=parts)
+        if task.opening:  # this process may have it open
+            run = _opened(target, task.opening)[0]
+        else:
+            run = open_run(target.dump, target.run_id, target.model)
+            if parts := _parts(target, run, uuid.uuid4().hex):
+                return RunResult(parts=parts)
         if from_minutes(run, None):
             return _judged(_with_row(target, run, None, summarize(run)))
         sums = _sums_of_all(run)
@@ -195,9 +198,11 @@ def rows_of(
     """
     executor = executor or Local()
     known: list[Row] = []
+    left = iter(targets)
+    few = [*itertools.islice(left, 2)]
 
     def unread() -> Iterator[RunTask]:
-        for target in targets:
+        for target in itertools.chain(few, left):
             row = target if isinstance(target, Row) else cache.load(target) if cache is not None else None
             if row is not None:
                 known.append(row)
@@ -214,10 +219,12 @@ def rows_of(
             cache.store(target, result.row, result.summary)
         return result.row, True
 
-    tasks = unread()
-    few = [*itertools.islice(tasks, 2)]
-    parts = _parts_of_only(few[0]) if len(few) == 1 else []
-    for task, result in results(itertools.chain(few, tasks)) if not parts else ():
+    tasks: Iterable[RunTask] = unread()
+    parts: list[RunTask] = []
+    if len(few) == 1:
+        tasks = [opened for task in tasks for opened in _tasks_of_only(task)]
+        parts = [task for task in tasks if task.part is not None]
+    for task, result in results(tasks) if not parts else ():
         if result.parts:
             parts += result.parts
         else:
@@ -239,12 +246,15 @@ def rows_of(
         yield finish(target, replace(result, row=row))
 
 
-def _parts_of_only(task: RunTask) -> list[RunTask]:
-    """The parts of a batch's only run if it is long: this process opens it while its workers start."""
-    opening = uuid.uuid4().hex
+def _tasks_of_only(task: RunTask) -> list[RunTask]:
+    """The tasks of a batch's only run: this process opens it while its workers start.
+
+    Not if the batch has others, whose rows would be lost if opening the run ended the process.
+    """
+    opened = replace(task, opening=uuid.uuid4().hex)
     with contextlib.suppress(Exception):  # a worker will state why in the run's row
-        return _parts(task.target, _opened(task.target, opening)[0], opening)
-    return []
+        return _parts(task.target, _opened(task.target, opened.opening)[0], opened.opening) or [opened]
+    return [task]
 
 
 def _merge(results: Iterator[tuple[RunTask, RunResult]], *, open_ahead: bool = False) -> Iterator[RunTask]:

@@ -69,8 +69,6 @@ def read_lists(
     values: npt.NDArray[Any] = np.empty(high - low, np.int32)
     at = 0  # the first value of the page
     for page in pages(read_at, column):
-        if at >= high and rows is not None:
-            break  # the other pages have none of these lists
         count = page.values(BYTE_STREAM_SPLIT)
         if at + count > column.num_values:
             raise FormatError("the lengths of its lists do not match the manifest")
@@ -82,7 +80,7 @@ def read_lists(
             first, last = max(low, at), min(high, at + count)
             _join(planes[:, first - at : last - at], values[first - low : last - low])
         at += count
-    if at < high:
+    if at != column.num_values:
         raise FormatError("it has fewer values than its footer says")
     return values.reshape(-1, width)
 

@@ -7,7 +7,7 @@ are here, once.
 
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError, dataclass, field, fields
+from dataclasses import MISSING, FrozenInstanceError, dataclass, field, fields
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -28,23 +28,26 @@ def frozen(cls: type[T]) -> type[T]:
 
     Two values are equal if they are of one class and their fields are equal; then they have one hash. Methods
     that the class defines itself stay. ``dataclasses.fields``, ``replace`` and pickle work as with any
-    dataclass.
+    dataclass; a subclass must be made by ``frozen``, too.
     """
-    made = dataclass(eq=False, repr=False)(cls)
-    compared = [one.name for one in fields(made) if one.compare]  # type: ignore[arg-type]
-    # Called by C code: some of these values are compared very often.
-    made.__compared__ = attrgetter(*compared) if compared else type  # type: ignore[attr-defined]
-    own = vars(cls)
+    made: Any = dataclass(eq=False, repr=False)(cls)
+    own = fields(made)
+    made.__settable__ = frozenset(one.name for one in own if one.init or one.default_factory is not MISSING)
+    compared = [one.name for one in own if one.compare]
+    # A tuple also of one field: tuples find equal what is the same object, for instance NaN.
+    names = compared * 2 if len(compared) == 1 else compared
+    made.__compared__ = attrgetter(*names) if names else type
     for method in (__eq__, __hash__, __repr__, __setattr__, __delattr__):
-        if method.__name__ not in own:
+        if vars(cls).get(method.__name__) is None:
             setattr(made, method.__name__, method)
-    return made
+    return cls
 
 
-def __eq__(self: Any, other: Any) -> bool:
+def __eq__(self: Any, other: Any) -> Any:
     if other.__class__ is not self.__class__:
         return NotImplemented
-    return bool(self.__compared__(self) == self.__compared__(other))
+    values = self.__compared__
+    return values(self) == values(other)
 
 
 def __hash__(self: Any) -> int:
@@ -58,7 +61,7 @@ def __repr__(self: Any) -> str:
 
 def __setattr__(self: Any, name: str, value: object) -> None:
     own = self.__dict__
-    if name in own:
+    if name in own or name not in self.__settable__:
         raise FrozenInstanceError(f"cannot assign to field {name!r}")
     own[name] = value
 

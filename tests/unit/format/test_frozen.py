@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import pickle
 from dataclasses import FrozenInstanceError, dataclass, field, fields, replace
 
@@ -18,6 +19,8 @@ class Point:
     y: int = 0
     label: str = field(default="", compare=False)
     secret: int = field(default=1, repr=False)
+    fixed: int = field(default=9, init=False, repr=False)
+    made: list[int] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @functools.cached_property
     def total(self) -> int:
@@ -44,6 +47,19 @@ class Named:
 
 
 @frozen
+class Compared:  # noqa: PLW1641
+    name: str
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Compared) and self.name == other.name
+
+
+@frozen
+class One:
+    value: float
+
+
+@frozen
 class Nothing:
     pass
 
@@ -55,7 +71,10 @@ def standard(of: type) -> type:
     for one in fields(of):
         made.__annotations__[one.name] = one.type
         if one.default is not one.default_factory:  # both MISSING: none
-            setattr(made, one.name, field(default=one.default, compare=one.compare, repr=one.repr))
+            options = {"compare": one.compare, "repr": one.repr, "init": one.init}
+            setattr(
+                made, one.name, field(default=one.default, default_factory=one.default_factory, **options)
+            )
     return dataclass(frozen=True)(made)
 
 
@@ -80,12 +99,18 @@ def test_values_of_different_classes_are_never_equal() -> None:
 def test_nothing_of_it_can_be_changed() -> None:
     point = Point(1)
     assert point.total == 1
-    for name in ("x", "label", "total"):
+    for name in ("x", "label", "fixed", "made", "total", "unknown"):
         with pytest.raises(FrozenInstanceError, match=name):
             setattr(point, name, 3)
         with pytest.raises(FrozenInstanceError, match=name):
             delattr(point, name)
-    assert (point, point.total) == (Point(1), 1)
+    assert (point, point.total, point.fixed) == (Point(1), 1, 9)
+    assert point.made is not Point(1).made
+
+
+def test_the_same_object_is_equal_to_itself() -> None:
+    assert One(math.nan) == One(math.nan)  # math.nan is one object, as in a tuple
+    assert One(float("nan")) != One(float("nan"))
 
 
 def test_copies_are_equal() -> None:
@@ -99,3 +124,4 @@ def test_methods_of_the_class_stay() -> None:
     assert repr(Named("a")) == "<a>"
     assert Named("A") == Named("a")
     assert len({Named("A"), Named("a")}) == 1
+    assert len({Compared("a"), Compared("a"), Compared("b")}) == 2

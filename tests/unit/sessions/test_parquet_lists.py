@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eplb_analyze.sessions import parquet_lists
+from eplb_analyze.sessions import parquet_lists, parquet_pages
 from eplb_analyze.sessions.parquet_lists import read_lists
 from eplb_analyze.sessions.parquet_pages import HEADER_BYTES, Page
 from eplb_dump.format.columns import list_column
@@ -126,18 +126,46 @@ def test_only_headers_are_read_of_other_pages_unless_a_read_is_a_request(
 @settings(max_examples=300)
 @given(data=st.data())
 def test_damaged_bytes_are_an_error_and_never_other_values(folder: Path, data: st.DataObject) -> None:
-    values = np.random.default_rng(0).poisson(300, (60, 6)).astype(np.int32)
-    path = write(folder / "damaged", lists_of(values), data_page_size=400, write_batch_size=30)
+    # In pages of whole lists, a header with another number of values hides a shift by lists.
+    width = data.draw(st.sampled_from([6, 8]))
+    values = np.random.default_rng(0).poisson(300, (60, width)).astype(np.int32)
+    path = write(folder / f"damaged-{width}", lists_of(values), data_page_size=400, write_batch_size=32)
     content = bytearray(path.read_bytes())
     column = pq.read_metadata(path).row_group(0).column(0)
     start = column.data_page_offset
     position = data.draw(st.integers(start, start + column.total_compressed_size - 1))
-    content[position] ^= data.draw(st.integers(1, 255))
+    content[position] ^= 1 << data.draw(st.integers(0, 7))
+    rows = data.draw(st.sampled_from([(0, 60), (0, 3), (25, 30), (57, 60)]))
     try:
-        found = read(path, 6, bytes(content))
+        found = read(path, width, bytes(content), rows)
     except (FormatError, OSError):
         return
-    assert np.array_equal(found, values)  # what was changed says nothing about the values
+    # What was changed says nothing about the values.
+    assert np.array_equal(found, values[slice(*rows)])
+
+
+@pytest.mark.parametrize("rows", [(0, 4), (60, 64)])
+def test_no_flipped_bit_of_a_page_header_shifts_the_lists(folder: Path, rows: tuple[int, int]) -> None:
+    """No checksum covers a header, so only the number of all values shows that one is wrong."""
+    values = np.arange(64 * 128, dtype=np.int32).reshape(64, 128)
+    path = write(folder / "headers", lists_of(values), data_page_size=4096, write_batch_size=128)
+    content = bytearray(path.read_bytes())
+    column = pq.read_metadata(path).row_group(0).column(0)
+    listed = [*parquet_pages.pages(lambda count, at: bytes(content[at : at + count]), column)]
+    assert len(listed) >= 8
+    ends = [column.data_page_offset, *(page.at + page.stored for page in listed)]
+    wrong = 0
+    for start, page in zip(ends, listed, strict=False):
+        for bit in range(8 * start, 8 * page.at):
+            content[bit // 8] ^= 1 << bit % 8
+            try:
+                found = read(path, 128, bytes(content), rows)
+            except (FormatError, OSError):
+                wrong += 1
+            else:
+                assert np.array_equal(found, values[slice(*rows)])
+            content[bit // 8] ^= 1 << bit % 8
+    assert wrong > 0
 
 
 @pytest.mark.parametrize("lengths", [[3, 3, 2, 4], [4, 2, 3, 3], [0, 6, 3, 3], [6, 3, 3], [3, 3, 2]])
