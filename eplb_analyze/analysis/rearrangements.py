@@ -359,7 +359,9 @@ def _changes(run: Run, steps: tuple[int, int] | None, window: int) -> list[_Chan
     # Before a layer's first placement nobody knows whose its tokens were.
     known = max((history.steps[0] for history in run.history.layers.values()), default=0)
     lost = run.history.lost
-    layers, gone = [run.history.layer(index) for index in range(run.info.num_layers)], run.lost_ranks
+    # The same for all of them, and not cheap.
+    layers = [run.history.layer(index) for index in range(run.info.num_layers)]
+    lost_ranks = run.lost_ranks
     for i, this in enumerate(found):
         if low <= this.first_step < high:
             start = max(low, found[i - 1].last_step if i else 0, known if known < this.first_step else 0)
@@ -367,7 +369,7 @@ def _changes(run: Run, steps: tuple[int, int] | None, window: int) -> list[_Chan
             following = found[i + 1].first_step if i + 1 < len(found) else high
             end = min(high, following, *(s for s in lost if s > this.last_step))
             around = StepRange(start, end)
-            changes.append(_Change(run, layers, gone, this, around, following == end < high, window))
+            changes.append(_Change(run, layers, lost_ranks, this, around, following == end < high, window))
     return changes
 
 

@@ -443,6 +443,12 @@ def _of_summed(summed: SummedLoads) -> Verdict:
     return Verdict("not_known", f"{figure}; how much steps vary around that is not known.")
 
 
+def left_out_files(summary: Summary) -> str:
+    """Say that files are left out because no manifest lists them; there must be some."""
+    count = summary.unlisted_files
+    return f"{plural(count, 'file')} that no manifest lists {'is' if count == 1 else 'are'} left out"
+
+
 def warnings(summary: Summary) -> list[tuple[VerdictKind | Literal["rank_lost"], str]]:
     """What limits or explains all figures, each with its kind: sentences, the gravest first."""
     found: list[tuple[VerdictKind | Literal["rank_lost"], str]] = []
@@ -454,9 +460,7 @@ def warnings(summary: Summary) -> list[tuple[VerdictKind | Literal["rank_lost"],
     elif summary.steps.lacks_much:
         found.append(("incomplete_data", f"{incomplete(summary)}."))
     elif summary.unlisted_files:
-        files = plural(summary.unlisted_files, "file")
-        text = f"{files} that no manifest lists {'is' if summary.unlisted_files == 1 else 'are'} left out."
-        found.append(("incomplete_data", text))
+        found.append(("incomplete_data", f"{left_out_files(summary)}."))
     for lost in summary.lost_ranks:
         first, last = lost.steps.first, lost.last_step
         steps = f"from step {first} on" if last is None else f"in steps {first}-{last}"

@@ -45,7 +45,7 @@ class RunTask:
     target: Target
     #: A part of a long run: its range of steps, and the bins of the whole run.
     part: tuple[StepRange, Bins] | None = None
-    #: Which opening of it found its parts, or that it has none. It may have changed since an earlier batch.
+    #: Of a long run: which opening of it found its parts. It may have changed since an earlier batch.
     opening: str = ""
     #: The parts of a long run, merged.
     merged: RunResult | None = None
@@ -98,14 +98,14 @@ def run_task(task: RunTask) -> RunResult:
             return _finish(target, task.opening, task.merged)
         if task.changes is not None:
             return RunResult(verdicts=[change.verdict for change in task.changes])
-        if task.opening:  # this process may have it open
-            run = _opened(target, task.opening)[0]
-        else:
-            run = open_run(target.dump, target.run_id, target.model)
-            if parts := _parts(target, run, uuid.uuid4().hex):
-                return RunResult(parts=parts)
+        run = open_run(target.dump, target.run_id, target.model)
         if from_minutes(run, None):
+            # Sums per minute of a long time take as long as some thousand steps.
             return _judged(_with_row(target, run, None, summarize(run)))
+        ranges = run.parts()
+        if len(ranges) > 1:
+            bins, opening = bins_of(run), uuid.uuid4().hex
+            return RunResult(parts=[RunTask(target, (steps, bins), opening) for steps in ranges])
         sums = _sums_of_all(run)
         return _judged(_with_row(target, run, sums, summary_of(sums, run)))
     except Exception as error:
@@ -121,14 +121,6 @@ def _opened(target: Target, opening: str) -> tuple[Run, tuple[Finding, ...]]:
     """
     run = open_run(target.dump, target.run_id, target.model)
     return run, tuple(run.findings)
-
-
-def _parts(target: Target, run: Run, opening: str) -> list[RunTask]:
-    """The tasks that read the parts of a long run; none if the run is short."""
-    # Sums per minute of a long time take as long as some thousand steps.
-    ranges = [] if from_minutes(run, None) else run.parts()
-    bins = bins_of(run)
-    return [RunTask(target, (steps, bins), opening) for steps in ranges] if len(ranges) > 1 else []
 
 
 def _read_part(whole: Run, steps: StepRange, bins: Bins) -> RunResult:
@@ -198,11 +190,9 @@ def rows_of(
     """
     executor = executor or Local()
     known: list[Row] = []
-    left = iter(targets)
-    few = [*itertools.islice(left, 2)]
 
     def unread() -> Iterator[RunTask]:
-        for target in itertools.chain(few, left):
+        for target in targets:
             row = target if isinstance(target, Row) else cache.load(target) if cache is not None else None
             if row is not None:
                 known.append(row)
@@ -219,12 +209,8 @@ def rows_of(
             cache.store(target, result.row, result.summary)
         return result.row, True
 
-    tasks: Iterable[RunTask] = unread()
     parts: list[RunTask] = []
-    if len(few) == 1:
-        tasks = [opened for task in tasks for opened in _tasks_of_only(task)]
-        parts = [task for task in tasks if task.part is not None]
-    for task, result in results(tasks) if not parts else ():
+    for task, result in results(unread()):
         if result.parts:
             parts += result.parts
         else:
@@ -244,17 +230,6 @@ def rows_of(
         assert result.row is not None
         row = judged.row or with_verdicts(result.row, judged.verdicts)  # the former is broken
         yield finish(target, replace(result, row=row))
-
-
-def _tasks_of_only(task: RunTask) -> list[RunTask]:
-    """The tasks of a batch's only run: this process opens it while its workers start.
-
-    Not if the batch has others, whose rows would be lost if opening the run ended the process.
-    """
-    opened = replace(task, opening=uuid.uuid4().hex)
-    with contextlib.suppress(Exception):  # a worker will state why in the run's row
-        return _parts(task.target, _opened(task.target, opened.opening)[0], opened.opening) or [opened]
-    return [task]
 
 
 def _merge(results: Iterator[tuple[RunTask, RunResult]], *, open_ahead: bool = False) -> Iterator[RunTask]:

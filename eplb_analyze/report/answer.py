@@ -12,7 +12,7 @@ from eplb_analyze.analysis.cost import TIMES, PhaseCost, RunCost
 from eplb_analyze.analysis.incident_words import cause_sentence, steps_text, where
 from eplb_analyze.analysis.incidents import Incident
 from eplb_analyze.analysis.milliseconds import Milliseconds
-from eplb_analyze.analysis.summary_report import warnings
+from eplb_analyze.analysis.summary_report import left_out_files, warnings
 from eplb_analyze.metrics.cost import CostStatus, Driver
 from eplb_analyze.metrics.losses import LEAST_STEPS
 from eplb_analyze.reader.completeness import ABSENT, Completeness
@@ -252,9 +252,7 @@ def data(summary: Summary, label: Callable[[int], str] = "step {}".format) -> tu
     elif not count:
         facts.append("no missing steps")
     if count:
-        facts.append(
-            f"{plural(count, 'file')} that no manifest lists {'is' if count == 1 else 'are'} left out"
-        )
+        facts.append(left_out_files(summary))
     return False, f"data incomplete: {'; '.join(facts)}{idle}"
 
 

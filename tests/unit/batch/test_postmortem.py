@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from timed_run import TimedRun, write_timed
 
 from eplb_analyze import open_run
 from eplb_analyze.analysis.summary import summarize
-from eplb_analyze.batch import postmortem as module
 from eplb_analyze.batch.cache import ResultCache
 from eplb_analyze.batch.executors import Local, WorkerDied
 from eplb_analyze.batch.postmortem import rows_of
@@ -108,50 +106,6 @@ def test_long_run_is_read_in_parts(batch: Batch) -> None:
     assert parts[0][0] == 0
     assert parts[0][1] == parts[1][0]
     assert parts[1][1] == PART_STEPS + 3000
-
-
-class Elsewhere(Local):
-    """As workers do: what they open, this process does not have."""
-
-    def __init__(self, opened: Counter[str]) -> None:
-        self._opened = opened
-
-    def map(self, work: Any, items: Any) -> Any:
-        for item in items:
-            before = Counter(self._opened)
-            yield item, work(item)
-            self._opened.subtract(self._opened - before)
-
-
-@pytest.mark.parametrize("steps", [20, 3 * PART_STEPS])
-def test_only_run_of_a_batch_is_opened_here_and_of_many_none(
-    steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """If to open a run ended the process, the rows of the others would be lost."""
-    opened: Counter[str] = Counter()
-
-    def opening(dump: Any, *which: Any) -> Any:
-        opened[Path(str(dump)).name] += 1
-        return open_run(dump, *which)
-
-    monkeypatch.setattr(module, "open_run", opening)
-    record(tmp_path / "one/a", "a", EVEN, steps=steps)
-    rows = [*rows_of(find([str(tmp_path / "one")]), Local())]
-    assert [row.steps for row, _ in rows] == [steps]
-    assert opened == {"a": 1}
-    record(tmp_path / "one/b", "b", EVEN, steps=20)
-    opened.clear()
-    cache = ResultCache(tmp_path / "save")
-    for row, fresh in rows_of(find([str(tmp_path / "one")]), Elsewhere(opened), cache):
-        assert fresh
-        assert row.status == "complete"
-    assert opened["b"] == 0
-    (tmp_path / "one/b").rename(tmp_path / "one/c")  # so that one of two is left
-    opened.clear()
-    assert [fresh for _, fresh in rows_of(find([str(tmp_path / "one")]), Elsewhere(opened), cache)].count(
-        True
-    ) == 1
-    assert not +opened
 
 
 def test_long_run_is_broken_if_a_part_cannot_be_read(batch: Batch) -> None:
