@@ -430,9 +430,10 @@ def test_on_a_phone_tables_scroll_inside_their_cards(browser: Browser, report: P
 
 def test_no_line_ends_between_a_figure_and_its_unit(opened: Opened) -> None:
     text = opened.page.evaluate("document.body.innerText")
-    assert re.findall(r"\d [%×]", text) == []
+    assert re.findall(r"\d (?:[%×]|(?:µs|ms|s|min|h)\b)", text) == []
     assert len(re.findall(r"\d%", text)) > 20
-    assert len(re.findall(rf"\d{NO_BREAK}ms", text)) > 3
+    # How many times the page shows depends on this machine's; it always shows the run's duration.
+    assert re.search(rf"\d{NO_BREAK}(?:µs|ms|s)\b", text)
     assert re.search(rf"\d\.\d\dx{NO_BREAK}the mean", text)
 
 
