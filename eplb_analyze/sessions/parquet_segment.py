@@ -74,9 +74,14 @@ TEXT_COLUMNS = ["status", "phase"]
 
 
 @functools.lru_cache(maxsize=8)
-def _read_sums(sums: StoredSums) -> ExpertSums:
-    """Those of the segments that are being read: not of all, which would be hundreds of megabytes."""
-    if isinstance(sums.file, Path):
+def _read_sums(segment: ParquetSegment) -> ExpertSums:
+    """Those of the segments that are being read: not of all, which would be hundreds of megabytes.
+
+    They are kept by segment, not by their place in a file: a run that is opened again may have others there.
+    """
+    sums = segment.entry.sums
+    assert sums is not None
+    if isinstance(sums, StoredSums) and isinstance(sums.file, Path):
         require_regular(sums.file)
     return sums.read()
 
@@ -114,11 +119,10 @@ class ParquetSegment:
     @property
     def sums(self) -> ExpertSums | None:
         """The manifest's sums; None if it has none, or is not there any more. The loads have them, too."""
-        sums = self._entry.sums
-        if not isinstance(sums, StoredSums):
-            return sums
+        if self._entry.sums is None:
+            return None
         try:
-            return _read_sums(sums)
+            return _read_sums(self)
         except (OSError, FormatError):
             return None
 
@@ -455,28 +459,6 @@ class ParquetSegment:
             return False
         damaged = self.damage().keys()
         return not damaged or (damaged == {"placements"} and steps < self.step_rows)
-
-    def sums_are_true(self) -> bool:
-        """Whether the manifest's sums equal those of the loads, all of which are read."""
-        if self._entry.sums is None or self.shape is None:
-            return True
-        return all(
-            self.layer_sums_are_true(index, load)
-            for layer, values in self.loads(0, self.shape.num_moe_layers)
-            for index, load in enumerate(values, layer)
-        )
-
-    def layer_sums_are_true(self, index: int, load: npt.NDArray[Any]) -> bool:
-        """Likewise those of one layer, whose loads in all steps are ``[n, physical]``."""
-        sums = self.sums
-        if sums is None:
-            return True
-        rows = sums.layer == index
-        first = np.searchsorted(self.load_steps(), sums.step[rows])
-        if first[0] != 0 or (np.diff(first, append=len(load)) <= 0).any():
-            return False
-        parts = zip(np.split(load, first[1:]), sums.load[rows], strict=True)
-        return all(np.array_equal(part.sum(axis=0, dtype=np.int64), stated) for part, stated in parts)
 
     def placement_steps(self) -> Int64:
         """The steps of the rows of ``placements``. Raises DamagedSegmentError."""
