@@ -23,7 +23,7 @@ from helpers import (
     sealed_loads,
     survived_loads,
 )
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from eplb_dump import ExpertLoadWriter, background, budget
@@ -48,6 +48,8 @@ def small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Budgets of 2 MiB, so that a test needs few steps; and quick looks at age and free space."""
     monkeypatch.setattr(budget, "LEAST_BUDGET", 256 * KIB)
     monkeypatch.setattr(budget, "LEAST_SEGMENT", 64 * KIB)
+    # Likewise: a manifest may have as much that no longer counts as half of such a budget.
+    monkeypatch.setattr(retention, "_WORTH_REWRITING", 8 * KIB)
     monkeypatch.setattr(background, "_RETENTION_SECONDS", 0.01)
     monkeypatch.setattr(background, "RETRY_SECONDS", 0.01)
 
@@ -242,6 +244,8 @@ def test_invalid_variable_keeps_no_engine_from_starting(
     flush_every=st.sampled_from([3, 40]),
     seed=st.integers(0, 1000),
 )
+# A new placement in each step, of which each is kept.
+@example(SMALL_BUDGET // 4, 4 * SLOTS, 2**31 - 1, "global", 20, 1, 3, 0)
 def test_bound_holds_at_every_moment_and_every_step_is_accounted_for(
     max_bytes: int,
     ep_size: int,
@@ -330,6 +334,38 @@ def test_steps_are_dropped_if_sealing_cannot_keep_up(tmp_path: Path, monkeypatch
     assert max(sizes) <= SMALL_BUDGET
     assert_accounted(writer.stats())
     assert_every_step_is_somewhere(writer, truth)
+
+
+def test_close_waits_for_room_without_taking_the_interpreter_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sealer, which makes the room, needs it."""
+    go, looks, real, has_room = threading.Event(), 0, segment.seal, budget.Space.has_room
+
+    def slow(*arguments: Any) -> Any:
+        assert go.wait(60)
+        return real(*arguments)
+
+    def counted(self: budget.Space, size: int) -> bool:
+        nonlocal looks
+        looks += 1
+        return has_room(self, size)
+
+    monkeypatch.setattr(segment, "seal", slow)
+    writer = big_writer(tmp_path, max_bytes=SMALL_BUDGET, queue_steps=16)
+    step = 0
+    while not writer.stats().dropped:
+        writer.record(step, load_of(step, 60_000), map_of())
+        step += 1
+        time.sleep(0.0005)
+    monkeypatch.setattr(budget.Space, "has_room", counted)
+    assert not writer.close(0.5)
+    # Once in 20 ms, for a second or two.
+    waited = looks
+    go.set()
+    assert writer.close(60)
+    assert waited < 500
+    assert_accounted(writer.stats())
 
 
 def test_budget_without_room_for_a_step_pauses_and_says_so(
