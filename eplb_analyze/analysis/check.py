@@ -14,14 +14,14 @@ from eplb_analyze.analysis.findings import rank_findings, session_findings, step
 from eplb_analyze.errors import Finding
 from eplb_analyze.json_report import RunReport, remembers_run
 from eplb_analyze.parallel import ordered_map
-from eplb_analyze.reader.blocks import Block, Piece
+from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.placements import LayerHistory, replicas
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.run_info import imported
 from eplb_analyze.sessions.parquet_segment import ParquetSegment
-from eplb_analyze.sessions.segments import Segment, layer_sums_are_true, sums_are_true
+from eplb_analyze.sessions.segments import Segment
 from eplb_analyze.sessions.step_range import NO_END
 from eplb_analyze.text import listed
 from eplb_dump.format.frozen import frozen
@@ -77,8 +77,8 @@ def check_run(run: Run) -> CheckReport:
 def _check_blocks(run: Run) -> tuple[Completeness, list[Finding], dict[int, bool]]:
     """Read all loads: verify checksums, sums per rank, conservation and empty slots.
 
-    Returns also, by the ``id`` of segments of which all was read at once, whether their sums in the manifest
-    are true.
+    Returns also, by the ``id`` of segments that are the only ones of their steps, whether their sums in the
+    manifest are true.
     """
     steps = Completeness()
     true_sums: dict[int, bool] = {}
@@ -98,10 +98,11 @@ def _check_blocks(run: Run) -> tuple[Completeness, list[Finding], dict[int, bool
             if not len(chosen):
                 continue
             totals = []
-            for total, odd, filled, true in _check_layers(run, block, chosen):
+            segment = _only_segment(block, chosen)
+            for total, odd, filled, true in _check_layers(run, block, chosen, segment):
                 totals.append(total)
-                for segment, own in true.items():
-                    true_sums[segment] = true_sums.get(segment, True) and own
+                if segment is not None:
+                    true_sums[id(segment)] = true_sums.get(id(segment), True) and true
                 bad_sums += odd
                 on_empty += filled
             if chosen is numbers:
@@ -111,45 +112,40 @@ def _check_blocks(run: Run) -> tuple[Completeness, list[Finding], dict[int, bool
     return steps, found, true_sums
 
 
+def _only_segment(block: Block, steps: Int64) -> Segment | None:
+    """The segment whose loads are those of some steps, and of no others; None if there are several."""
+    if not block.has_loads:
+        return None
+    matched = [*block.matches(steps)]
+    if len(matched) != 1:
+        return None
+    segment, here, _ = matched[0]
+    return segment if len(here) == len(steps) == len(segment.load_steps()) else None
+
+
 #: Of some layers: tokens ``[steps, layers]``, steps of wrong sums per rank, (layer, step) of tokens on empty
-#: slots, and by the ``id`` of segments, whether their sums are true.
-_Checked = tuple[Int64, list[int], list[tuple[int, int]], dict[int, bool]]
+#: slots, and whether the segment's sums are true.
+_Checked = tuple[Int64, list[int], list[tuple[int, int]], bool]
 
 
-def _check_layers(run: Run, block: Block, steps: Int64) -> Iterator[_Checked]:
+def _check_layers(run: Run, block: Block, steps: Int64, segment: Segment | None) -> Iterator[_Checked]:
+    """``segment``: the only one that has these steps, and no others."""
     assert block.shape is not None
     ranks = block.shape.ep_size
     if not block.has_loads:
-        return iter([(block.rank_load(steps).sum(axis=2), [], [], {})])
+        return iter([(block.rank_load(steps).sum(axis=2), [], [], True)])
     run.load_history()  # not once in each thread
-    # The sums in the manifest are compared here if all of a segment is read: else it would be read again.
-    matched = [
-        (segment, segment.sums if len(there) == len(segment.load_steps()) else None)
-        for segment, _, there in block.matches(steps)
-    ]
 
     def work(share: tuple[int, int]) -> _Checked:
-        totals, odd, filled = [np.zeros((len(steps), 0), np.int64)], [], []
-        true = {id(segment): True for segment, sums in matched if sums is not None}
-
-        def judged(first: int, pieces: Iterator[Piece]) -> Iterator[Piece]:
-            """The pieces, once those of a whole segment were compared with its sums."""
-            for (segment, sums), piece in zip(matched, pieces, strict=True):
-                if sums is not None:
-                    true[id(segment)] &= all(
-                        layer_sums_are_true(sums, segment.load_steps(), layer, load)
-                        for layer, load in enumerate(piece[0], first)
-                    )
-                yield piece
-
-        parts = block.pieces(steps, *share), block.rank_load_parts(steps, *share)
-        for (first, last, pieces), (_, rank_load) in zip(*parts, strict=True):
-            loads = block.sum_of(judged(first, pieces), steps, last - first)
+        totals, odd, filled, true = [np.zeros((len(steps), 0), np.int64)], [], [], True
+        parts = block.stored_parts(steps, *share), block.rank_load_parts(steps, *share)
+        for (first, loads), (_, rank_load) in zip(*parts, strict=True):
             sums = rank_loads(loads, ranks).transpose(1, 0, 2)
             odd += steps[(sums != rank_load).any(axis=(1, 2))].tolist()
             totals.append(rank_load.sum(axis=2))
             for layer, load in enumerate(loads, first):
                 filled += [(layer, step) for step in _loads_on_empty(run, layer, steps, load)]
+                true = true and (segment is None or segment.layer_sums_are_true(layer, load))
         return np.concatenate(totals, axis=1), odd, filled, true
 
     # Layers have nothing to do with each other, so threads can share them.
@@ -219,7 +215,7 @@ def _check_sums(run: Run, known: dict[int, bool]) -> list[Finding]:
     """
 
     def true(segment: Segment) -> bool:
-        return known[id(segment)] if id(segment) in known else sums_are_true(segment)
+        return known[id(segment)] if id(segment) in known else segment.sums_are_true()
 
     odd = [
         segment.path

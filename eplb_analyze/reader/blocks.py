@@ -252,8 +252,9 @@ class Block:
 
         The loads of one writer are as stored, not a copy.
         """
+        width = self._shape().num_physical_experts
         for low, high, pieces in self.pieces(steps, first, last):
-            yield low, self.sum_of(pieces, steps, high - low)
+            yield low, self._sum(pieces, steps, high - low, width)
 
     def terms(
         self,
@@ -291,8 +292,8 @@ class Block:
     ) -> Iterator[tuple[int, int, Iterator[Piece]]]:
         """The segments' loads for a few layers at a time: ``(layer, layer after the last, pieces)``.
 
-        There is one of each segment, in the order of :meth:`matches`. Pieces are read when they are taken,
-        one after another, so that many ranks' files need the memory of one. Take them before the next layers.
+        Pieces are read when they are taken, one after another, so that many ranks' files need the memory
+        of one. Take them before the next layers.
         """
         return self._pieces(lambda s, *which: s.loads(*which), steps, first, last)
 
@@ -345,10 +346,6 @@ class Block:
         at_once = layers_at_once(longest, shape)
         shares = split_range(first // at_once, -(-last // at_once))
         return [(max(first, low * at_once), min(last, high * at_once)) for low, high in shares]
-
-    def sum_of(self, pieces: Iterable[Piece], steps: Int64 | None, layers: int) -> npt.NDArray[Any]:
-        """What :meth:`pieces` yields for so many layers, added up as in :meth:`stored_parts`."""
-        return self._sum(pieces, steps, layers, self._shape().num_physical_experts)
 
     def _sum(self, pieces: Iterable[Piece], steps: Int64 | None, layers: int, width: int) -> npt.NDArray[Any]:
         """Pieces added up: ``[layers, len(steps), width]``; as stored, not a copy, if of one writer."""

@@ -460,6 +460,28 @@ class ParquetSegment:
         damaged = self.damage().keys()
         return not damaged or (damaged == {"placements"} and steps < self.step_rows)
 
+    def sums_are_true(self) -> bool:
+        """Whether the manifest's sums equal those of the loads, all of which are read."""
+        if self._entry.sums is None or self.shape is None:
+            return True
+        return all(
+            self.layer_sums_are_true(index, load)
+            for layer, values in self.loads(0, self.shape.num_moe_layers)
+            for index, load in enumerate(values, layer)
+        )
+
+    def layer_sums_are_true(self, index: int, load: npt.NDArray[Any]) -> bool:
+        """Likewise those of one layer, whose loads in all steps are ``[n, physical]``."""
+        sums = self.sums
+        if sums is None:
+            return True
+        rows = sums.layer == index
+        first = np.searchsorted(self.load_steps(), sums.step[rows])
+        if first[0] != 0 or (np.diff(first, append=len(load)) <= 0).any():
+            return False
+        parts = zip(np.split(load, first[1:]), sums.load[rows], strict=True)
+        return all(np.array_equal(part.sum(axis=0, dtype=np.int64), stated) for part, stated in parts)
+
     def placement_steps(self) -> Int64:
         """The steps of the rows of ``placements``. Raises DamagedSegmentError."""
         table = self._read_all("placements", ["step"])

@@ -110,6 +110,8 @@ class Segment(Protocol):
         ...
 
     def placements(self) -> PlacementRows: ...
+    def sums_are_true(self) -> bool: ...
+    def layer_sums_are_true(self, index: int, load: npt.NDArray[Any]) -> bool: ...
 
 
 class OpenSegment:
@@ -157,30 +159,11 @@ class OpenSegment:
     def placements(self) -> PlacementRows:
         return self._journal.placements
 
+    def sums_are_true(self) -> bool:
+        return True  # it has no sums
 
-def sums_are_true(segment: Segment) -> bool:
-    """Whether the manifest's sums, if it has any, equal those of the loads, all of which are read.
-
-    Raises DamagedSegmentError.
-    """
-    sums = segment.sums
-    if sums is None or segment.shape is None:
+    def layer_sums_are_true(self, index: int, load: npt.NDArray[Any]) -> bool:
         return True
-    return all(
-        layer_sums_are_true(sums, segment.load_steps(), index, load)
-        for layer, values in segment.loads(0, segment.shape.num_moe_layers)
-        for index, load in enumerate(values, layer)
-    )
-
-
-def layer_sums_are_true(sums: ExpertSums, steps: Int64, index: int, load: npt.NDArray[Any]) -> bool:
-    """Likewise those of one layer, whose loads in all of a segment's steps are ``[len(steps), physical]``."""
-    rows = sums.layer == index
-    first = np.searchsorted(steps, sums.step[rows])
-    if first[0] != 0 or (np.diff(first, append=len(load)) <= 0).any():
-        return False
-    parts = zip(np.split(load, first[1:]), sums.load[rows], strict=True)
-    return all(np.array_equal(part.sum(axis=0, dtype=np.int64), stated) for part, stated in parts)
 
 
 def layers_at_once(steps: int, shape: Shape) -> int:

@@ -30,7 +30,7 @@ from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.run import Run, open_run
 from eplb_analyze.reader.tiers import described
-from eplb_analyze.sessions.segments import DamagedSegmentError, sums_are_true
+from eplb_analyze.sessions.segments import DamagedSegmentError
 from eplb_analyze.sessions.starts import START_SEPARATOR
 from eplb_analyze.sessions.step_range import NO_END
 from eplb_analyze.storage import path
@@ -460,7 +460,7 @@ def _verify(root: Path, run_id: str, counts: Counter[int]) -> None:
         found: Counter[int] = Counter()
         for segment in run.sessions[0].segments:
             found.update(segment.steps().status.tolist())
-            if not sums_are_true(segment):
+            if not segment.sums_are_true():
                 raise DumpError(wrong)
     except DamagedSegmentError as fault:
         raise DumpError(f"{fault}; {wrong}") from None

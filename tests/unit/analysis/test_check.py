@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from eplb_analyze import open_run
 from eplb_analyze.analysis.check import check_run
 from eplb_analyze.analysis.findings import summary_findings
 from eplb_analyze.analysis.summary import summarize
-from eplb_analyze.sessions.parquet_segment import ParquetSegment
 from eplb_dump import writer
 from eplb_dump.format import frames
 from eplb_dump.format.manifest import SealedSegment
@@ -73,23 +71,6 @@ def test_sums_that_differ_from_the_loads_are_found(tmp_path: Path, rank: int, la
     parts = [frames.encode(f.kind, f.header, f.arrays) for f in (session, closed)]
     (folder / MANIFEST_FILE).write_bytes(parts[0] + entry.to_frame() + parts[1])
     assert codes(tmp_path)["sums_differ"] == f"the manifest's sums do not match the loads, in {folder}"
-
-
-def test_loads_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for rank in range(2):
-        record(tmp_path, rank, lambda step: map_of(step // 15))
-    read: Counter[Any] = Counter()
-
-    def counted(self: Any, first: int, last: int, *steps: Any) -> Any:
-        for layer, values in loads(self, first, last, *steps):
-            read.update((self.path, number) for number in range(layer, layer + len(values)))
-            yield layer, values
-
-    loads = ParquetSegment.loads
-    monkeypatch.setattr(ParquetSegment, "loads", counted)
-    codes(tmp_path)
-    assert set(read.values()) == {1}
-    assert len(read) == 2 * LAYERS
 
 
 def test_rank_with_a_wrong_clock_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
