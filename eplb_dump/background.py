@@ -511,10 +511,8 @@ class Background:
                 raise OSError(errno.ENOSPC, self._why_no_room())
             if settled:  # let it seal and thin these steps, too
                 session.end_journal()
-            if self._closing:
-                time.sleep(_POLL_SECONDS)  # the sealer needs the interpreter lock to make room
-            else:
-                self._wait_for_retry(_POLL_SECONDS)
+            # No flush and no end hurries the sealer, which needs the interpreter lock.
+            time.sleep(_POLL_SECONDS)
 
     def _why_no_room(self) -> str:
         if self._space.is_volume_short:

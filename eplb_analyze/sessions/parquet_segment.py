@@ -80,8 +80,8 @@ def _read_sums(segment: ParquetSegment) -> ExpertSums:
     They are kept by segment, not by their place in a file: a run that is opened again may have others there.
     """
     sums = segment.entry.sums
-    assert sums is not None
-    if isinstance(sums, StoredSums) and isinstance(sums.file, Path):
+    assert isinstance(sums, StoredSums)
+    if isinstance(sums.file, Path):
         require_regular(sums.file)
     return sums.read()
 
@@ -119,8 +119,9 @@ class ParquetSegment:
     @property
     def sums(self) -> ExpertSums | None:
         """The manifest's sums; None if it has none, or is not there any more. The loads have them, too."""
-        if self._entry.sums is None:
-            return None
+        sums = self._entry.sums
+        if not isinstance(sums, StoredSums):
+            return sums
         try:
             return _read_sums(self)
         except (OSError, FormatError):

@@ -59,7 +59,7 @@ def test_sums_that_differ_from_the_loads_are_found(tmp_path: Path, rank: int, la
     folders = [
         record(tmp_path, number, lambda step: map_of(step // 15), (40, steps)[number]) for number in range(2)
     ]
-    assert "sums_differ" not in codes(tmp_path)  # nor remembered, when they are others
+    assert "sums_differ" not in codes(tmp_path)  # and these sums are not remembered
     folder = folders[rank]
     session, sealed, closed = manifest(folder)
     entry = SealedSegment.from_frame(sealed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import tempfile
@@ -48,7 +49,7 @@ def small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Budgets of 2 MiB, so that a test needs few steps; and quick looks at age and free space."""
     monkeypatch.setattr(budget, "LEAST_BUDGET", 256 * KIB)
     monkeypatch.setattr(budget, "LEAST_SEGMENT", 64 * KIB)
-    # Likewise: a manifest may have as much that no longer counts as half of such a budget.
+    # Or what no longer counts in a manifest could take half of such a budget.
     monkeypatch.setattr(retention, "_WORTH_REWRITING", 8 * KIB)
     monkeypatch.setattr(background, "_RETENTION_SECONDS", 0.01)
     monkeypatch.setattr(background, "RETRY_SECONDS", 0.01)
@@ -304,29 +305,42 @@ def test_long_run_keeps_the_newest_in_full_and_thins_the_oldest_most(tmp_path: P
     assert_every_step_is_somewhere(writer, {step: load_of(step) for step in range(4000)})
 
 
-def test_steps_are_dropped_if_sealing_cannot_keep_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The drainer waits, and so the queue is full; nothing grows beyond the budget."""
+@pytest.fixture
+def sealing(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Nothing is sealed before it is set."""
     go, real = threading.Event(), segment.seal
 
-    def slow(*arguments: Any) -> Any:
-        assert go.wait(60)
+    def seal(*arguments: Any) -> Any:
+        go.wait()
         return real(*arguments)
 
-    monkeypatch.setattr(segment, "seal", slow)
-    writer = big_writer(tmp_path, max_bytes=SMALL_BUDGET, queue_steps=16)
+    monkeypatch.setattr(segment, "seal", seal)
+    yield go
+    go.set()
+
+
+def fill(writer: ExpertLoadWriter) -> dict[int, Array]:
+    """Record steps until one is dropped; those that were taken."""
     truth: dict[int, Array] = {}
+    for step in itertools.count():
+        if writer.stats().dropped:
+            break
+        if writer.record(step, load_of(step, 60_000), map_of()) > 0:
+            truth[step] = load_of(step, 60_000)
+        time.sleep(0.0005)
+    return truth
+
+
+def test_steps_are_dropped_if_sealing_cannot_keep_up(tmp_path: Path, sealing: threading.Event) -> None:
+    """The drainer waits, and so the queue is full; nothing grows beyond the budget."""
+    writer = big_writer(tmp_path, max_bytes=SMALL_BUDGET, queue_steps=16)
     with watched(writer.folder) as sizes:
-        step = 0
-        while not writer.stats().dropped:
-            if writer.record(step, load_of(step, 60_000), map_of()) > 0:
-                truth[step] = load_of(step, 60_000)
-            step += 1
-            time.sleep(0.0005)
+        truth = fill(writer)
         assert writer.stats().drop_reasons == {"the queue is full": 1}
         assert writer.stats().paused is None
-        go.set()
+        sealing.set()
         assert writer.flush(60)
-        last = step
+        last = writer.stats().seen
         for step in range(last, last + 20):
             if writer.record(step, load_of(step, 60_000), map_of()) > 0:
                 truth[step] = load_of(step, 60_000)
@@ -337,35 +351,28 @@ def test_steps_are_dropped_if_sealing_cannot_keep_up(tmp_path: Path, monkeypatch
 
 
 def test_close_waits_for_room_without_taking_the_interpreter_lock(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, sealing: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The sealer, which makes the room, needs it."""
-    go, looks, real, has_room = threading.Event(), 0, segment.seal, budget.Space.has_room
-
-    def slow(*arguments: Any) -> Any:
-        assert go.wait(60)
-        return real(*arguments)
+    looks, has_room = 0, budget.Space.has_room
 
     def counted(self: budget.Space, size: int) -> bool:
         nonlocal looks
         looks += 1
         return has_room(self, size)
 
-    monkeypatch.setattr(segment, "seal", slow)
     writer = big_writer(tmp_path, max_bytes=SMALL_BUDGET, queue_steps=16)
-    step = 0
-    while not writer.stats().dropped:
-        writer.record(step, load_of(step, 60_000), map_of())
-        step += 1
-        time.sleep(0.0005)
+    truth = fill(writer)
+    began = time.monotonic()
     monkeypatch.setattr(budget.Space, "has_room", counted)
     assert not writer.close(0.5)
-    # Once in 20 ms, for a second or two.
-    waited = looks
-    go.set()
+    waited, seconds = looks, time.monotonic() - began
+    sealing.set()
     assert writer.close(60)
-    assert waited < 500
+    # Each look takes 20 ms or more; one can be under way at the beginning.
+    assert waited <= 2 + seconds / 0.02
     assert_accounted(writer.stats())
+    assert_every_step_is_somewhere(writer, truth)
 
 
 def test_budget_without_room_for_a_step_pauses_and_says_so(
